@@ -1,0 +1,120 @@
+"""What a user names (a ref), what it is (a key), and what was found on disk (an adapter)."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_cache.errors import AdapterNotFoundError, InvalidAdapterError
+from lora_cache.manifest import Manifest
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
+_REVISION = re.compile(r"^[A-Za-z0-9][\w./-]{0,254}$", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterKey:
+    """The immutable identity of one adapter: two keys are equal if and only if the content is.
+
+    Attributes:
+        digest: what decides equality, e.g. ``"sha256:9f2c…"`` for a local directory.
+        name: a short name for people; not part of the identity.
+    """
+
+    digest: str
+    name: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.digest.rpartition(':')[2][:12]}" if self.name else self.digest
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """What a user names.  Refs are cheap, hashable and never touch the disk.
+
+    Attributes:
+        source: the name of the source that resolves it, ``"local"`` or ``"hub"``.
+        location: a directory, or ``org/name``.
+        revision: branch, tag or commit on the Hub; None for the default, and for directories.
+    """
+
+    source: str
+    location: str
+    revision: str | None = None
+
+    @classmethod
+    def local(cls, path: str | os.PathLike[str]) -> AdapterRef:
+        """An adapter directory on this machine; ``~`` and relative paths are made absolute.
+
+        Raises:
+            InvalidAdapterError: the path is empty or contains control characters.
+        """
+        text = os.fspath(path)
+        if not text or _CONTROL.search(text):
+            raise InvalidAdapterError(f"{text!r} is not a usable path: give an adapter directory")
+        return cls("local", os.path.abspath(os.path.expanduser(text)))
+
+    @classmethod
+    def hub(cls, repo_id: str, revision: str | None = None) -> AdapterRef:
+        """An adapter on the Hugging Face Hub, ``org/name``.
+
+        Raises:
+            InvalidAdapterError: `repo_id` or `revision` is not of the Hub's form.
+        """
+        if not _HUB_ID.match(repo_id) or ".." in repo_id:
+            raise InvalidAdapterError(f"{repo_id!r} is not a Hub repository: write org/name")
+        if revision is not None and (not _REVISION.match(revision) or ".." in revision):
+            raise InvalidAdapterError(f"{revision!r} is not a revision: give a branch, tag or commit")
+        return cls("hub", repo_id, revision)
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> AdapterRef:
+        """Read a ref as a person writes it.
+
+        A path that exists, or that starts like one (``/``, ``./``, ``../``, ``~``), is a local
+        directory; ``org/name`` and ``org/name@revision`` are the Hub.
+
+        Raises:
+            InvalidAdapterError: it is neither.
+            AdapterNotFoundError: it looks like a path, and nothing is there.
+        """
+        raw = os.fspath(text)
+        if isinstance(text, os.PathLike) or raw.startswith(("/", "./", "../", "~")):
+            return cls.local(raw)
+        if raw and not _CONTROL.search(raw) and os.path.isdir(raw):
+            return cls.local(raw)
+        repo_id, at, revision = raw.partition("@")
+        if _HUB_ID.match(repo_id):
+            return cls.hub(repo_id, revision if at else None)
+        if _CONTROL.search(raw) or not raw:
+            raise InvalidAdapterError(f"{raw!r} is neither a path nor org/name[@revision]")
+        raise AdapterNotFoundError(
+            f"{raw!r} is neither a directory here nor of the form org/name[@revision]"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.location}@{self.revision}" if self.revision else self.location
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A resolved adapter: its files were found, read and are those that `key` names.
+
+    Attributes:
+        path: the canonical, absolute directory; vLLM is given exactly this path.
+        stamp: an opaque fingerprint of the files' identity (device, inode, size, times); equal
+            stamps mean unchanged files without reading them.
+    """
+
+    key: AdapterKey
+    path: Path
+    manifest: Manifest
+    stamp: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """True bytes of the weights."""
+        return self.manifest.nbytes

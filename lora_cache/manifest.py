@@ -1,0 +1,161 @@
+"""What an adapter says of itself, read from `adapter_config.json` and the safetensors header.
+
+Neither torch nor the weights are touched: only the header is read, whatever the file's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from lora_cache.errors import AdapterNotFoundError, InvalidAdapterError, UnsupportedAdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt")
+_MAX_CONFIG_BYTES = 4 << 20
+
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
+
+
+class _PeftConfig(BaseModel):
+    """The part of PEFT's `adapter_config.json` that decides how weights are read."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    peft_type: str = "LORA"
+    r: int = Field(gt=0, le=65536)
+    lora_alpha: float = Field(allow_inf_nan=False)
+    target_modules: list[str] | str | None = None
+    base_model_name_or_path: str | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: dict[str, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Facts about one adapter.
+
+    Attributes:
+        rank: the largest rank in it (``rank_pattern`` included): what `max_lora_rank` must admit.
+        alpha: ``lora_alpha``.
+        scaling: what ``B·A`` is multiplied by: alpha / rank, or alpha / √rank with rsLoRA
+            (Kalajdzievski 2023, arXiv:2312.03732).
+        target_modules: module names that carry weights, sorted, e.g. ``("q_proj", "v_proj")``.
+        dtypes: safetensors dtypes of the weights, sorted, e.g. ``("BF16",)``.
+        base_model: the model that it was trained on, if it says so.
+        nbytes: bytes of all its tensors.
+        tensor_count: number of its tensors.
+    """
+
+    rank: int
+    alpha: float
+    scaling: float
+    target_modules: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    base_model: str | None
+    nbytes: int
+    tensor_count: int
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read the manifest of the adapter in `directory`.
+
+    Raises:
+        AdapterNotFoundError: the directory or one of its two files is missing.
+        InvalidAdapterError: a file is malformed or truncated, or the weights are a pickle.
+        UnsupportedAdapterError: it is not a LoRA, or of a kind that vLLM refuses (DoRA).
+    """
+    config = _read_config(directory)
+    if config.peft_type.upper() != "LORA":
+        raise UnsupportedAdapterError(
+            f"{directory}: peft_type is {config.peft_type!r}; only LORA adapters can be served"
+        )
+    if config.use_dora:
+        raise UnsupportedAdapterError(
+            f"{directory}: vLLM does not serve DoRA; merge it into the base model, or train "
+            "with use_dora=False"
+        )
+    shapes = _read_header(directory)
+    dtypes = sorted({dtype for dtype, _ in shapes.values()})
+    unknown = [dtype for dtype in dtypes if dtype not in _ITEM_BYTES]
+    if unknown:
+        raise UnsupportedAdapterError(
+            f"{directory}: weights of dtype {', '.join(unknown)}; save them as bfloat16"
+        )
+    rank = max([config.r, *(config.rank_pattern or {}).values()])
+    return Manifest(
+        rank=rank,
+        alpha=config.lora_alpha,
+        scaling=config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r),
+        target_modules=_target_modules(shapes),
+        dtypes=tuple(dtypes),
+        base_model=config.base_model_name_or_path,
+        nbytes=sum(_ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in shapes.values()),
+        tensor_count=len(shapes),
+    )
+
+
+def _read_config(directory: Path) -> _PeftConfig:
+    path = directory / CONFIG_FILE
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise InvalidAdapterError(f"{path} is larger than any adapter's configuration")
+        raw: Any = json.loads(path.read_bytes())
+        return _PeftConfig.model_validate(raw)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = f"has no {CONFIG_FILE}" if directory.is_dir() else "is not a directory"
+        raise AdapterNotFoundError(
+            f"{directory} {what}: give the directory that peft's save_pretrained wrote"
+        ) from error
+    except OSError as error:
+        raise InvalidAdapterError(f"{path} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InvalidAdapterError(f"{path}: {where}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapterError(f"{path} is not valid JSON: {error}") from error
+
+
+def _read_header(directory: Path) -> dict[str, tuple[str, list[int]]]:
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        pickle = next((name for name in _PICKLES if (directory / name).exists()), None)
+        if pickle:
+            raise InvalidAdapterError(
+                f"{directory / pickle} is a pickle and can run code when it is loaded; convert it "
+                "where you trust it: safetensors.torch.save_file(torch.load(path, "
+                f"weights_only=True), '{WEIGHTS_FILE}')"
+            )
+        raise AdapterNotFoundError(f"{directory} has no {WEIGHTS_FILE}")
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            shapes = {n: (str(v.get_dtype()), list(v.get_shape())) for n, v in views.items()}
+    except (SafetensorError, OSError) as error:
+        raise InvalidAdapterError(
+            f"{path} is not a whole safetensors file ({error}): copy it again"
+        ) from error
+    if not shapes:
+        raise InvalidAdapterError(f"{path} holds no tensors")
+    return shapes
+
+
+def _target_modules(names: dict[str, Any]) -> tuple[str, ...]:
+    """`base_model.model.….q_proj.lora_A.weight` → `q_proj`."""
+    found = {
+        parts[i - 1]
+        for parts in (name.split(".") for name in names)
+        for i, part in enumerate(parts)
+        if i and part.startswith("lora_")
+    }
+    return tuple(sorted(found))

@@ -1,0 +1,27 @@
+"""The pure planner: which adapter is where, who waits, who goes."""
+
+from lora_cache.planner.actions import (
+    Action,
+    Counters,
+    Granted,
+    Holdings,
+    Limits,
+    Refused,
+    Start,
+    Transition,
+    Want,
+)
+from lora_cache.planner.planner import Planner
+
+__all__ = [
+    "Action",
+    "Counters",
+    "Granted",
+    "Holdings",
+    "Limits",
+    "Planner",
+    "Refused",
+    "Start",
+    "Transition",
+    "Want",
+]

@@ -1,0 +1,148 @@
+"""What the planner tells its driver to do, and what an engine tells the planner.
+
+Frozen records, no behaviour: the planner returns a list of actions from every call, the driver
+(`AsyncLoraCache`, the simulator, a test) carries them out in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from lora_cache.adapter import AdapterKey
+from lora_cache.errors import LoraCacheError
+from lora_cache.state import Tier
+
+
+class Want(Enum):
+    """What a ticket asks for."""
+
+    LEASE = "lease"  #: a slot, for as long as the ticket is held; waits its turn
+    PIN_GPU = "pin gpu"  #: a slot, until unpinned; waits its turn
+    PIN_HOST = "pin host"  #: host memory, until unpinned; waits its turn
+    STAGE = "stage"  #: host memory, if that is possible now; never waits for room
+
+    @property
+    def tier(self) -> Tier:
+        """The tier that the copy must be ready in."""
+        return Tier.GPU if self in (Want.LEASE, Want.PIN_GPU) else Tier.HOST
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One indivisible change of residency, for the engine to carry out.
+
+    The planner has already set everything aside: nothing named here is leased or pinned.  The
+    engine first makes `load` ready in `to`; only when that has succeeded are the others gone.
+
+    Attributes:
+        op: number of the transition, unique in the planner's life.
+        load: the newcomer, or None when copies are only dropped.
+        to: the tier that `load` must be ready in, when done (a slot implies host memory).
+        demote: keys that give up their slots and stay in host memory, unless also in `drop`.
+        drop: keys that leave host memory; none of them keeps a slot.
+    """
+
+    op: int
+    load: AdapterKey | None = None
+    to: Tier | None = None
+    demote: tuple[AdapterKey, ...] = ()
+    drop: tuple[AdapterKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The ticket has what it asked for.
+
+    Attributes:
+        served_from: the tier that the adapter was found in: ``GPU`` for a slot hit, ``HOST`` or
+            ``DISK`` when it had to be brought in from there.
+    """
+
+    ticket: int
+    served_from: Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The ticket is void; `error` says why."""
+
+    ticket: int
+    error: LoraCacheError
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin a transition; answer with `Planner.completed` or `Planner.failed`."""
+
+    transition: Transition
+
+
+Action = Granted | Refused | Start
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What an engine really holds.
+
+    Attributes:
+        slots: slot index → key.
+        host: keys in host memory, those in slots included.
+    """
+
+    slots: Mapping[int, AdapterKey] = field(default_factory=dict)
+    host: frozenset[AdapterKey] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much there is to plan with.
+
+    Attributes:
+        slots: GPU slots.
+        host_entries: adapters in host memory, those in slots included; at least `slots`.
+        host_bytes: bytes of host memory, or None for no limit but `host_entries`.
+        stages_without_slot: the engine can bring an adapter into host memory without a slot.
+        drain_after_s: seconds that the oldest waiter waits before a victim takes no new leases.
+        retry_s: seconds before a failed load is tried again; doubles with each failure.
+        retry_max_s: upper bound of that.
+    """
+
+    slots: int
+    host_entries: int
+    host_bytes: int | None = None
+    stages_without_slot: bool = True
+    drain_after_s: float = 1.0
+    retry_s: float = 1.0
+    retry_max_s: float = 60.0
+
+
+@dataclass(slots=True)
+class Counters:
+    """Monotonic counts since the planner was made.
+
+    Attributes:
+        slot_hits, host_hits, disk_hits: leases granted, by where the adapter was found; a lease
+            that shares another one's load counts as that load does.
+        disk_loads: adapters that an engine read from disk.
+        activations: adapters that were written into a slot.
+        gpu_evictions: copies that gave up a slot for another one.
+        host_evictions: copies that left host memory for another one.
+        unloads: adapters dropped on request.
+        load_failures: transitions that the engine could not carry out.
+        drains: victims that took no new leases because somebody had waited too long.
+        drift: copies that `reconcile` found missing, or unasked for.
+    """
+
+    slot_hits: int = 0
+    host_hits: int = 0
+    disk_hits: int = 0
+    disk_loads: int = 0
+    activations: int = 0
+    gpu_evictions: int = 0
+    host_evictions: int = 0
+    unloads: int = 0
+    load_failures: int = 0
+    drains: int = 0
+    drift: int = 0

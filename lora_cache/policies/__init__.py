@@ -1,0 +1,55 @@
+"""Eviction policies, one a file, and how they are found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from lora_cache.errors import ConfigError
+from lora_cache.policies.base import Policy, RemovalReason
+from lora_cache.policies.lfu import LFU
+from lora_cache.policies.lru import LRU
+
+__all__ = ["LFU", "LRU", "Policy", "PolicyLike", "RemovalReason", "make_policy", "policy_names"]
+
+#: A name, or something that makes a fresh policy (a class, a function, a ``partial``).
+PolicyLike = str | Callable[[], Policy]
+
+_BUILT_IN: dict[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU}
+_GROUP = "lora_cache.policies"
+
+
+def policy_names() -> list[str]:
+    """Names that `make_policy` accepts: the built-in ones and those of installed entry points."""
+    return sorted({*_BUILT_IN, *(point.name for point in entry_points(group=_GROUP))})
+
+
+def make_policy(policy: PolicyLike) -> Policy:
+    """Make a fresh policy.
+
+    Args:
+        policy: a name from `policy_names`, or a callable that returns a policy.  An instance is
+            refused: each tier needs its own.
+
+    Raises:
+        ConfigError: the name is unknown, or what was made is no policy.
+    """
+    if isinstance(policy, str):
+        factory = _BUILT_IN.get(policy) or _load(policy)
+    elif callable(policy):
+        factory = policy
+    else:
+        raise ConfigError(
+            f"{policy!r} is not a policy: give a name or a class, so that each tier gets its own"
+        )
+    made = factory()
+    if not isinstance(made, Policy):
+        raise ConfigError(f"{policy!r} made a {type(made).__name__}, which is not a Policy")
+    return made
+
+
+def _load(name: str) -> Callable[[], Policy]:
+    for point in entry_points(group=_GROUP, name=name):
+        loaded: Callable[[], Policy] = point.load()
+        return loaded
+    raise ConfigError(f"unknown policy {name!r}: choose one of {', '.join(policy_names())}")

@@ -1,0 +1,153 @@
+"""Hypothesis drives the planner through every event there is, in any order.
+
+After each one `Planner.check` asserts invariants 1, 2, 6, 7 and 9 (leases are counted twice,
+here and there); rules assert 5 (a failed load evicts nobody) and that nobody is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lora_cache.planner import Holdings, Limits, Want
+from lora_cache.policies import LFU, LRU
+from lora_cache.state import CopyState
+from lora_cache.testing import RandomPolicy
+from tests.planner.driver import Driver, key_of
+
+ADAPTERS = st.integers(0, 7)
+POLICIES = st.sampled_from([LRU, LFU, lambda: LFU(math.inf), lambda: RandomPolicy(seed=7)])
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    @initialize(
+        slots=st.integers(1, 3),
+        spare=st.integers(0, 3),
+        host_bytes=st.sampled_from([None, 6, 12]),
+        stages=st.booleans(),
+        gpu_policy=POLICIES,
+        host_policy=POLICIES,
+    )
+    def start(self, slots, spare, host_bytes, stages, gpu_policy, host_policy):  # type: ignore[no-untyped-def]
+        limits = Limits(
+            slots,
+            slots + spare,
+            host_bytes,
+            stages_without_slot=stages,
+            drain_after_s=5.0,
+            retry_s=2.0,
+        )
+        self.driver = Driver(limits, gpu_policy, host_policy, nbytes=lambda number: 1 + number % 4)
+
+    @rule(number=ADAPTERS, want=st.sampled_from([Want.LEASE, Want.LEASE, *Want]))
+    def acquire(self, number: int, want: Want) -> None:
+        self.driver.acquire(number, want)
+
+    @precondition(lambda self: self.driver.leases)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.driver.release(data.draw(st.sampled_from(sorted(self.driver.leases))))
+
+    @precondition(lambda self: self.driver.waiting or self.driver.unloads)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        tickets = [*self.driver.waiting, *self.driver.unloads]
+        self.driver.cancel(data.draw(st.sampled_from(sorted(tickets))))
+
+    @rule(number=ADAPTERS)
+    def unpin(self, number: int) -> None:
+        self.driver.take(self.driver.planner.unpin(key_of(number), self.driver.now))
+
+    @rule(number=ADAPTERS)
+    def unload(self, number: int) -> None:
+        self.driver.unload(number)
+
+    @precondition(lambda self: self.driver.flights)
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        move = self.driver.complete(data.draw(st.sampled_from(sorted(self.driver.flights))))
+        if move.load is not None:
+            table = self.driver.planner.residency
+            assert (table.gpu if move.to == "gpu" else table.host).get(move.load) is not None
+
+    @precondition(lambda self: self.driver.flights)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        op = data.draw(st.sampled_from(sorted(self.driver.flights)))
+        residency = self.driver.planner.residency
+        before = {copy.key for copy in residency.host if copy.state is not CopyState.LOADING}
+        slots = {copy.key for copy in residency.gpu if copy.state is not CopyState.LOADING}
+        self.driver.fail(op)
+        assert before <= {copy.key for copy in residency.host}, "invariant 5"
+        assert slots <= {copy.key for copy in residency.gpu}, "invariant 5"
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 6.0]))
+    def wait(self, seconds: float) -> None:
+        self.driver.now += seconds
+        self.driver.take(self.driver.planner.tick(self.driver.now))
+
+    @precondition(lambda self: not self.driver.flights)
+    @rule(lost=ADAPTERS, stranger=st.sampled_from([None, 90]), from_host=st.booleans())
+    def drift(self, lost: int, stranger: int | None, from_host: bool) -> None:
+        """The engine lost one copy and holds one that nobody asked for."""
+        residency, key = self.driver.planner.residency, key_of(lost)
+        slots = [copy.key for copy in residency.gpu if copy.key != key]
+        held = {copy.key for copy in residency.host if copy.key != key or not from_host}
+        expected = (key in residency.gpu) + (from_host and key in residency.host)
+        if stranger is not None:
+            held.add(key_of(stranger))
+            expected += 1
+        before = self.driver.planner.counters.drift
+        truth = Holdings(dict(enumerate(slots)), frozenset(held))
+        self.driver.take(self.driver.planner.reconcile(truth, self.driver.now))
+        assert self.driver.planner.counters.drift - before == expected
+
+    @invariant()
+    def no_slot_is_withheld(self) -> None:
+        """While host memory has room, whoever waits does so because every slot is in use."""
+        planner = self.driver.planner
+        residency = planner.residency
+        gpu, host = residency.gpu, residency.host
+        waiting = [
+            demand
+            for demand in planner.waiting
+            if not residency.is_moving(demand.key) and demand.key not in residency.unloading
+        ]
+        if not waiting or any(demand.repair for demand in planner.waiting):
+            return
+        if host.max_bytes is not None or host.used_entries == host.max_entries:
+            return
+        in_use = {*residency.leases, *residency.pins.gpu, *residency.unloading}
+        assert gpu.used_entries == gpu.max_entries
+        assert all(slot.op or slot.key in in_use for slot in gpu)
+
+    def teardown(self) -> None:
+        """Let everything end: nobody may be left waiting, and nothing may be left behind."""
+        driver = getattr(self, "driver", None)
+        if driver is None:
+            return
+        for number in range(8):
+            driver.take(driver.planner.unpin(key_of(number), driver.now))
+        for _ in range(10_000):
+            if driver.flights:
+                driver.complete()
+            elif driver.leases:
+                driver.release(min(driver.leases))
+            else:
+                break
+        assert not driver.waiting, "somebody waits for ever"
+        assert not driver.unloads
+        assert not driver.planner.residency.draining()
+
+
+PlannerMachine.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=50,
+    deadline=None,
+    phases=(Phase.reuse, Phase.generate, Phase.shrink),  # "explain" traces every line: minutes
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestPlannerMachine = PlannerMachine.TestCase
