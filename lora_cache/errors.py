@@ -13,6 +13,7 @@
     ├── EngineError              vLLM refused or failed
     │   ├── LoadFailedError          one adapter could not be loaded; the engine lives
     │   └── EngineDeadError          the engine is gone; the cache must be rebuilt
+    ├── NoRoomError              staging would disturb others (prefetch reports it instead)
     ├── LeaseTimeoutError        no slot came free in time (also a TimeoutError)
     ├── PinnedError              a pin forbids it, or one pin too many
     └── CacheClosedError
@@ -99,6 +100,10 @@ class LoadFailedError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine process is gone. Build a new engine and a new cache."""
+
+
+class NoRoomError(LoraCacheError):
+    """Speculative staging would have taken a place that others need."""
 
 
 class LeaseTimeoutError(LoraCacheError, TimeoutError):

@@ -50,6 +50,11 @@ class Transition:
     demote: tuple[AdapterKey, ...] = ()
     drop: tuple[AdapterKey, ...] = ()
 
+    def keys(self) -> frozenset[AdapterKey]:
+        """Every key that this transition moves."""
+        load = () if self.load is None else (self.load,)
+        return frozenset((*load, *self.demote, *self.drop))
+
 
 @dataclass(frozen=True, slots=True)
 class Granted:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from lora_cache.adapter import AdapterKey
-from lora_cache.errors import LoadFailedError, LoraCacheError, PinnedError, UnsupportedAdapterError
+from lora_cache.errors import LoraCacheError, NoRoomError, PinnedError, UnsupportedAdapterError
 from lora_cache.planner.actions import (
     Action,
     Counters,
@@ -118,10 +118,10 @@ class Planner:
         """A granted lease ends.  Unknown tickets (released already) are ignored."""
         key = self._held.pop(ticket, None)
         if key is not None and self.residency.drop_lease(key):
+            somebody_waits = len(self.waiting) > 0
             self._repair(key)
-            if self.residency.unloading:
-                self._advance_unload(key, now)
-            if len(self.waiting):
+            self._advance_unload(key, now)
+            if somebody_waits:
                 self._pump(now)
         return self._take_actions()
 
@@ -134,9 +134,6 @@ class Planner:
 
     def unload(self, ticket: int, key: AdapterKey, now: float) -> list[Action]:
         """Drain `key`, then drop it from host and GPU; granted when it is gone."""
-        if key in self.residency.pins:
-            error = PinnedError(f"{key} is pinned: unpin it before unloading", key=key)
-            return [Refused(ticket, error)]
         self.residency.unloading.setdefault(key, []).append(ticket)
         self._advance_unload(key, now)
         return self._take_actions()
@@ -202,6 +199,8 @@ class Planner:
             error = self._failures.add(move.load, error, now)
             for request in flight.tickets.values():
                 self._refuse(request, error)
+            if demand := self.waiting.get(move.load):
+                self._abandon(demand, error)
             self._repair(move.load, flight.nbytes)
         else:
             for key in move.drop:
@@ -216,25 +215,27 @@ class Planner:
         """Compare what we believe with what the engine holds; count (`drift`) and repair.
 
         Lost copies are forgotten, and brought back if they are leased or pinned; copies that
-        nobody asked for are dropped.  Call it when no transition is in flight.
+        nobody asked for are dropped.  Copies that are moving are left out, so `holdings` must be
+        from a moment when the engine had finished, or not begun, whatever is in flight.
         """
-        gpu, host = self.residency.gpu, self.residency.host
+        residency = self.residency
         in_slots = frozenset(holdings.slots.values())
         in_host = holdings.host | in_slots
-        for table, truth in ((gpu, in_slots), (host, in_host)):
-            for lost in [copy for copy in table if copy.key not in truth]:
+        for table, truth in ((residency.gpu, in_slots), (residency.host, in_host)):
+            for lost in [copy for copy in table if not copy.op and copy.key not in truth]:
                 self.counters.drift += 1
-                held = host.get(lost.key)
+                held = residency.host.get(lost.key)
                 table.lose(lost.key, now)
                 self._repair(lost.key, held.nbytes if held else 0)
-        strangers = sorted(in_host - {copy.key for copy in host}, key=str)
-        promoted = sorted(in_slots - {copy.key for copy in gpu} - set(strangers), key=str)
+        moving = {key for flight in self._flights.values() for key in flight.move.keys()}
+        strangers = [k for k in in_host - moving if k not in residency.host]
+        promoted = [k for k in in_slots - moving if k in residency.host and k not in residency.gpu]
         self.counters.drift += len(strangers) + len(promoted)
-        for key in promoted:
-            gpu.adopt(key, now)
+        for key in sorted(promoted, key=str):
+            residency.gpu.adopt(key, now)
             self._grant_waiting(key, now)
         if strangers:
-            self._drop(strangers, now)
+            self._drop(sorted(strangers, key=str), now)
         self._pump(now)
         return self._take_actions()
 
@@ -333,7 +334,8 @@ class Planner:
         slots_left = True
         for demand in self.waiting:
             key = demand.key
-            if self.residency.is_moving(key) or key in self.residency.unloading:
+            unloading = key in self.residency.unloading and not demand.repair
+            if unloading or self.residency.is_moving(key):
                 continue  # looked at again when that transition has ended
             if self._needs_slot(demand) and not slots_left:
                 continue  # strictly in order: an older waiter comes first
@@ -382,9 +384,8 @@ class Planner:
         return demand.tier is Tier.GPU or not self.limits.stages_without_slot
 
     def _after_flight(self, move: Transition, now: float) -> None:
-        for key in (move.load, *move.demote, *move.drop):
-            if key in self.residency.unloading:
-                self._advance_unload(key, now)
+        for key in move.keys():
+            self._advance_unload(key, now)
         self._pump(now)
 
     # ------------------------------------------------------------------ draining, unloading
@@ -420,6 +421,12 @@ class Planner:
             del self.residency.unloading[key]
             self._actions += [Granted(ticket, Tier.DISK) for ticket in tickets]
             self._undrain(key, now)
+        elif key in self.residency.pins:
+            del self.residency.unloading[key]
+            for ticket in tickets:
+                error = PinnedError(f"{key} is pinned: unpin it before unloading", key=key)
+                self._actions.append(Refused(ticket, error))
+            self._undrain(key, now)
         elif key in self.residency.leases:
             self.residency.drain(key, now)
         else:
@@ -446,7 +453,7 @@ class Planner:
 
 
 def _no_room(key: AdapterKey) -> LoraCacheError:
-    return LoadFailedError(
+    return NoRoomError(
         f"no room to stage {key} without disturbing others: it stays on disk",
         key=key,
         tier=Tier.HOST,

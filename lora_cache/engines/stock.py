@@ -1,0 +1,246 @@
+"""The stock engine: any policy, enforced through vLLM's public API alone; nothing is patched.
+
+vLLM has no "demote".  What it has: `add_lora` of a new adapter evicts from the slots whatever
+was touched longest ago, and `add_lora` of a resident adapter only touches it.  Touching whatever
+may be older than the planner's victim (`recency.py`) makes vLLM evict exactly that victim, which
+stays in vLLM's CPU tier.  `remove_lora` drops an adapter from both tiers; it comes after the
+newcomer's `add_lora` has succeeded, so a failing load costs nobody anything.  For that, one of
+vLLM's `max_cpu_loras` places is kept free: host memory here holds ``max_cpu_loras - 1``.
+
+`pin_lora` is never used: vLLM has no unpin, and one idle pin can kill its engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lora_cache.adapter import Adapter, AdapterKey
+from lora_cache.engines.base import Capabilities, TransitionFailedError
+from lora_cache.engines.recency import SlotMirror
+from lora_cache.engines.vllm_client import VllmClient, connect
+from lora_cache.errors import ConfigError, EngineDeadError, LoadFailedError, LoraCacheError
+from lora_cache.planner import Holdings, Transition
+from lora_cache.state import Tier
+
+logger = logging.getLogger(__name__)
+
+#: vLLM's server counts its own ids up from 1, and its second runner stores them as int32.
+_FIRST_ID = 1 << 30
+
+# Per engine object, whoever manages it: ids are never used twice in an engine's life, because
+# vLLM would silently serve the weights that it still holds under the old id.
+_next_id: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
+_attached: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+class StockEngine:
+    """vLLM as it is installed.
+
+    Args:
+        target: a `vllm.AsyncLLM` or a `vllm.LLM`, started with ``enable_lora=True`` and
+            ``max_cpu_loras`` of at least ``max_loras + 1``.
+
+    Raises:
+        ConfigError: LoRA is off, or the topology is one that cannot be managed.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self._client: VllmClient = connect(target)
+        self._capabilities, slots = _read_capabilities(self._client.vllm_config)
+        self._mirror = SlotMirror(slots)
+        self._requests: dict[AdapterKey, Any] = {}  # one LoRARequest a key, for ever
+        self._keys: dict[int, AdapterKey] = {}  # the same, by lora_int_id
+        self._order = asyncio.Lock()  # one transition at a time, first come first served
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    async def attach(self) -> None:
+        if _attached.get(self._target):
+            raise ConfigError("this engine already has a manager: close the other one first")
+        _attached[self._target] = True
+        try:
+            for lora_int_id in await self._client.list_loras():
+                logger.warning("dropping LoRA %d, which was loaded before", lora_int_id)
+                await self._client.remove_lora(lora_int_id)
+        except Exception as error:
+            _attached.pop(self._target, None)
+            raise self._map(error, "vLLM did not answer") from error
+
+    async def detach(self) -> None:
+        if not _attached.pop(self._target, False) or self._client.is_dead:
+            return
+        async with self._order:
+            try:
+                for lora_int_id in await self._client.list_loras():
+                    if lora_int_id in self._keys:
+                        await self._client.remove_lora(lora_int_id)
+            except Exception as error:
+                raise self._map(error, "vLLM did not take its adapters back") from error
+
+    async def apply(self, move: Transition, adapter: Adapter | None) -> None:
+        async with self._order:
+            if adapter is not None:
+                await self._load(move, adapter)
+            gone: list[AdapterKey] = []
+            try:
+                for key in move.drop:
+                    await self._client.remove_lora(self._id_of(key))
+                    self._mirror.removed(key)
+                    gone.append(key)
+            except Exception as error:
+                # The newcomer is dropped by the next reconcile: the planner knows it as failed.
+                raise TransitionFailedError(
+                    self._map(error, f"vLLM did not drop {key}"), demoted=move.demote, dropped=gone
+                ) from error
+
+    async def _load(self, move: Transition, adapter: Adapter) -> None:
+        request = self._request_for(adapter)
+        # vLLM evicts one slot if all are taken.  Further demotions are adapters that leave host
+        # memory too, and leave their slots with that.
+        victim = move.demote[0] if move.demote and self._mirror.is_full else None
+        touch = self._mirror.older_than(victim) if victim else []
+        sent = self._mirror.event()
+        *_, outcome = await asyncio.gather(
+            *(self._client.add_lora(self._requests[key]) for key in touch),
+            self._client.add_lora(request),
+            return_exceptions=True,
+        )
+        for key in touch:
+            self._mirror.touched(key, sent)
+        if isinstance(outcome, BaseException):
+            await self._roll_forward(adapter.key, victim, outcome)
+        self._mirror.activated(adapter.key, victim, sent)
+
+    async def _roll_forward(
+        self, key: AdapterKey, victim: AdapterKey | None, cause: BaseException
+    ) -> None:
+        """A load failed: find out how far it got, clear the remains, and report."""
+        demoted: list[AdapterKey] = []
+        error = self._map(cause, f"vLLM could not load {key}", key)
+        try:
+            if not isinstance(error, EngineDeadError):
+                lora_int_id = self._id_of(key)
+                if lora_int_id in await self._client.list_loras():
+                    # It was read and registered, and writing it into the slot failed: by then
+                    # vLLM had evicted.
+                    await self._client.remove_lora(lora_int_id)
+                    if victim is not None:
+                        self._mirror.removed(victim)
+                        demoted.append(victim)
+        except Exception as again:
+            error = self._map(again, f"vLLM could not load {key}", key)
+        raise TransitionFailedError(error, demoted=demoted) from cause
+
+    async def holdings(self) -> Holdings:
+        async with self._order:
+            try:
+                held = await self._client.list_loras()
+            except Exception as error:
+                raise self._map(error, "vLLM did not answer") from error
+            host = frozenset(self._keys.get(i) or AdapterKey(f"foreign:{i}") for i in held)
+            # vLLM does not tell what is in the slots: what the commands imply, as far as it is
+            # still in host memory.
+            for key in set(self._mirror.slots().values()) - host:
+                self._mirror.removed(key)
+            return Holdings(self._mirror.slots(), host)
+
+    def begin_use(self, key: AdapterKey) -> None:
+        self._mirror.begin_use(key)
+
+    def end_use(self, key: AdapterKey) -> None:
+        self._mirror.end_use(key)
+
+    def handle(self, key: AdapterKey) -> Any:
+        return self._requests[key]
+
+    async def generate(
+        self, prompt: Any, params: Any, *, request_id: str, key: AdapterKey | None, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        sent = self._mirror.event()
+        request = self._requests[key] if key is not None else None
+        stream = self._client.generate(prompt, params, request_id, request, **options)
+        async with aclosing(stream):
+            async for output in stream:
+                if key is not None:
+                    self._mirror.ran(key, sent)
+                yield output
+
+    def _request_for(self, adapter: Adapter) -> Any:
+        key = adapter.key
+        if key not in self._requests:
+            from vllm.lora.request import LoRARequest
+
+            number = next(_next_id.setdefault(self._target, count(_FIRST_ID)))
+            # The name carries the digest: vLLM's prefix cache tells adapters apart by name (0.26
+            # by nothing else), and blocks of another revision must never match.
+            self._requests[key] = LoRARequest(
+                lora_name=f"{key.name}@{key.digest}",
+                lora_int_id=number,
+                lora_path=str(adapter.path),
+            )
+            self._keys[number] = key
+        return self._requests[key]
+
+    def _id_of(self, key: AdapterKey) -> int:
+        if key.digest.startswith("foreign:"):
+            return int(key.digest.removeprefix("foreign:"))
+        return int(self._requests[key].lora_int_id)
+
+    def _map(
+        self, error: BaseException, what: str, key: AdapterKey | None = None
+    ) -> LoraCacheError:
+        # vLLM raises what its layers raise (over the process boundary a plain Exception), so
+        # nothing but the engine's own state tells a refused adapter from a dead engine.
+        if self._client.is_dead:
+            return EngineDeadError(f"{what}: the engine has died; build a new engine and cache")
+        return LoadFailedError(f"{what}: {error}", key=key, tier=Tier.GPU)
+
+
+def _read_capabilities(config: Any) -> tuple[Capabilities, int]:
+    """What this vLLM can hold, and how many slots it has."""
+    lora = config.lora_config
+    if lora is None:
+        raise ConfigError("LoRA is off: start vLLM with enable_lora=True")
+    parallel = config.parallel_config
+    refused = {
+        "data_parallel_size > 1": parallel.data_parallel_size > 1,
+        "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
+        "several nodes": getattr(parallel, "nnodes", 1) > 1,
+        "api_server_count > 1": getattr(parallel, "_api_process_count", 1) > 1,
+        "enable_sleep_mode": bool(getattr(config.model_config, "enable_sleep_mode", False)),
+    }
+    for what, present in refused.items():
+        if present:
+            raise ConfigError(
+                f"an engine with {what} cannot be managed: run several engines, each with its "
+                "own cache"
+            )
+    slots, places = int(lora.max_loras), int(lora.max_cpu_loras)
+    if places < 2:
+        raise ConfigError(
+            f"max_cpu_loras={places} leaves no place to load into: set it to max_loras + 1 or more"
+        )
+    if places <= slots:
+        logger.warning(
+            "max_cpu_loras=%d with max_loras=%d: one place is kept free for loading, so only %d "
+            "slots can be used; set max_cpu_loras to %d or more",
+            places, slots, places - 1, slots + 1,
+        )  # fmt: skip
+    capabilities = Capabilities(
+        name="stock",
+        slots=min(slots, places - 1),
+        host_entries=places - 1,
+        max_rank=int(lora.max_lora_rank),
+        stages_without_slot=False,
+        tensor_parallel=int(parallel.tensor_parallel_size),
+    )
+    return capabilities, slots

@@ -1,0 +1,172 @@
+"""The few calls into vLLM that the stock engine needs, for `AsyncLLM` and for `LLM` alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from lora_cache.errors import ConfigError, EngineDeadError, EngineError
+
+
+class VllmClient(Protocol):
+    """vLLM as the stock engine sees it.
+
+    Exceptions of vLLM pass through `add_lora`, `remove_lora` and `list_loras` as they are;
+    `is_dead` tells whether the engine survived.  `generate` maps them.
+    """
+
+    @property
+    def vllm_config(self) -> Any: ...
+
+    @property
+    def is_dead(self) -> bool: ...
+
+    async def add_lora(self, request: Any) -> None: ...
+
+    async def remove_lora(self, lora_int_id: int) -> None: ...
+
+    async def list_loras(self) -> set[int]: ...
+
+    def generate(
+        self, prompt: Any, params: Any, request_id: str, lora_request: Any, **options: Any
+    ) -> AsyncGenerator[Any, None]: ...
+
+
+class AsyncClient:
+    """`vllm.AsyncLLM`.  Calls from one event loop reach the engine in the order they are made."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    @property
+    def vllm_config(self) -> Any:
+        return self._llm.vllm_config
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(self._llm.errored)
+
+    async def add_lora(self, request: Any) -> None:
+        await self._llm.add_lora(request)
+
+    async def remove_lora(self, lora_int_id: int) -> None:
+        await self._llm.remove_lora(lora_int_id)
+
+    async def list_loras(self) -> set[int]:
+        return set(await self._llm.list_loras())
+
+    async def generate(
+        self, prompt: Any, params: Any, request_id: str, lora_request: Any, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        stream = self._llm.generate(
+            prompt, params, request_id, lora_request=lora_request, **options
+        )
+        try:
+            # Closing vLLM's generator sends the abort before it returns.
+            async with aclosing(stream):
+                async for output in stream:
+                    yield output
+            # A stop string ends a request here before vLLM has sent the abort to its engine; its
+            # output task does so before it is scheduled twice more.
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        except Exception as error:  # vLLM raises what its layers raise; nothing of it may leak
+            raise _request_error(error, dead=self.is_dead) from error
+
+
+class SyncClient:
+    """`vllm.LLM`, stepped by a task of the event loop while there are requests.
+
+    `LLM` is not thread-safe, so every call is made on the loop's thread; a step blocks the loop
+    for as long as vLLM computes it.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._engine = llm.llm_engine
+        self._streams: dict[str, asyncio.Queue[Any]] = {}
+        self._stepping: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
+
+    @property
+    def vllm_config(self) -> Any:
+        return self._engine.vllm_config
+
+    @property
+    def is_dead(self) -> bool:
+        return self._failure is not None
+
+    async def add_lora(self, request: Any) -> None:
+        self._engine.add_lora(request)
+
+    async def remove_lora(self, lora_int_id: int) -> None:
+        self._engine.remove_lora(lora_int_id)
+
+    async def list_loras(self) -> set[int]:
+        return set(self._engine.list_loras())
+
+    async def generate(
+        self, prompt: Any, params: Any, request_id: str, lora_request: Any, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        if self._failure is not None:
+            raise _request_error(self._failure, dead=True) from self._failure
+        try:
+            self._engine.add_request(
+                request_id, prompt, params, lora_request=lora_request, **options
+            )
+        except Exception as error:  # vLLM raises what its layers raise; nothing of it may leak
+            raise _request_error(error, dead=False) from error
+        outputs = self._streams[request_id] = asyncio.Queue()
+        if self._stepping is None or self._stepping.done():
+            self._stepping = asyncio.create_task(self._step(), name="vllm-step")
+        finished = False
+        try:
+            while not finished:
+                output = await outputs.get()
+                if isinstance(output, Exception):
+                    raise _request_error(output, dead=True) from output
+                finished = output.finished
+                yield output
+        finally:
+            self._streams.pop(request_id, None)
+            if not finished and self._failure is None:
+                self._engine.abort_request([request_id])
+
+    async def _step(self) -> None:
+        while self._streams:
+            try:
+                outputs = self._engine.step()
+            except Exception as error:  # an exception in a step leaves vLLM unusable
+                self._failure = error
+                for stream in self._streams.values():
+                    stream.put_nowait(error)
+                return
+            for output in outputs:
+                if (stream := self._streams.get(output.request_id)) is not None:
+                    stream.put_nowait(output)
+            await asyncio.sleep(0)
+
+
+def connect(target: Any) -> VllmClient:
+    """Wrap an `AsyncLLM` or an `LLM`.
+
+    Raises:
+        ConfigError: `target` is neither.
+    """
+    if hasattr(target, "llm_engine"):
+        return SyncClient(target)
+    if hasattr(target, "engine_core") and hasattr(target, "add_lora"):
+        return AsyncClient(target)
+    raise ConfigError(
+        f"{type(target).__name__} is not an engine: give a vllm.AsyncLLM, a vllm.LLM, or an "
+        "object of the lora_cache Engine protocol"
+    )
+
+
+def _request_error(error: Exception, *, dead: bool) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    if dead:
+        return EngineDeadError(f"vLLM's engine has died ({error}): build a new engine and cache")
+    return EngineError(f"vLLM refused the request: {error}")
