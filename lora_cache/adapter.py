@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_cache.errors import AdapterNotFoundError, InvalidAdapterError
-from lora_cache.manifest import Manifest
+from lora_cache.manifest import Manifest, Stamp, read_stamp
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
 _REVISION = re.compile(r"^[A-Za-z0-9][\w./-]{0,254}$", re.ASCII)
@@ -67,7 +67,9 @@ class AdapterRef:
         if not _HUB_ID.match(repo_id) or ".." in repo_id:
             raise InvalidAdapterError(f"{repo_id!r} is not a Hub repository: write org/name")
         if revision is not None and (not _REVISION.match(revision) or ".." in revision):
-            raise InvalidAdapterError(f"{revision!r} is not a revision: give a branch, tag or commit")
+            raise InvalidAdapterError(
+                f"{revision!r} is not a revision: give a branch, tag or commit"
+            )
         return cls("hub", repo_id, revision)
 
     @classmethod
@@ -105,16 +107,22 @@ class Adapter:
 
     Attributes:
         path: the canonical, absolute directory; vLLM is given exactly this path.
-        stamp: an opaque fingerprint of the files' identity (device, inode, size, times); equal
-            stamps mean unchanged files without reading them.
+        stamp: identity of the files when they were read; empty for files that cannot change.
     """
 
     key: AdapterKey
     path: Path
     manifest: Manifest
-    stamp: tuple[tuple[int, ...], ...] = ()
+    stamp: Stamp = ()
 
     @property
     def nbytes(self) -> int:
         """True bytes of the weights."""
         return self.manifest.nbytes
+
+    def is_unchanged(self) -> bool:
+        """Whether the files are still those that were read.  Two `stat` calls."""
+        try:
+            return not self.stamp or read_stamp(self.path) == self.stamp
+        except AdapterNotFoundError:
+            return False

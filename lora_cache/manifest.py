@@ -19,6 +19,11 @@ from lora_cache.errors import AdapterNotFoundError, InvalidAdapterError, Unsuppo
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE)  #: what vLLM reads of an adapter
+
+#: Device, inode, size, mtime and ctime (ns) of each of `FILES`.
+Stamp = tuple[tuple[int, ...], ...]
+
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _MAX_CONFIG_BYTES = 4 << 20
 
@@ -102,6 +107,19 @@ def read_manifest(directory: Path) -> Manifest:
         nbytes=sum(_ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in shapes.values()),
         tensor_count=len(shapes),
     )
+
+
+def read_stamp(directory: Path) -> Stamp:
+    """The identity of an adapter's files: equal stamps mean unchanged files, without reading.
+
+    Raises:
+        AdapterNotFoundError: a file is missing or out of reach.
+    """
+    try:
+        stats = [os.stat(f"{directory}/{name}") for name in FILES]
+    except OSError as error:
+        raise AdapterNotFoundError(f"{directory}: {error.strerror}") from error
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats)
 
 
 def _read_config(directory: Path) -> _PeftConfig:

@@ -6,12 +6,12 @@ into what its requests need.  Nothing outside `lora_cache.engines` knows vLLM.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from lora_cache.adapter import Adapter, AdapterKey
-from lora_cache.errors import EngineError, LoraCacheError
+from lora_cache.errors import LoraCacheError
 from lora_cache.planner import Holdings, Transition
 
 
@@ -21,6 +21,7 @@ class Capabilities:
 
     Attributes:
         name: ``"stock"``, ``"resident"`` or ``"fake"``.
+        max_loras, max_cpu_loras: what the engine was started with.
         slots: GPU slots that the cache may fill.
         host_entries: adapters that fit into host memory, those in slots included.
         max_rank: highest rank that a slot can hold.
@@ -29,6 +30,8 @@ class Capabilities:
     """
 
     name: str
+    max_loras: int
+    max_cpu_loras: int
     slots: int
     host_entries: int
     max_rank: int
@@ -102,6 +105,10 @@ class Engine(Protocol):
         """
         ...
 
+    def slots(self) -> Mapping[int, AdapterKey]:
+        """Slot index → key, as far as the engine knows without being asked."""
+        ...
+
     def begin_use(self, key: AdapterKey) -> None:
         """A lease on `key` begins: from now on requests may run with it."""
 
@@ -124,8 +131,3 @@ class Engine(Protocol):
             EngineError: the engine refused or failed this request.
         """
         ...
-
-
-def unusable(reason: str) -> EngineError:
-    """The error for a request that the engine refused, in its own words."""
-    return EngineError(f"the engine refused the request: {reason}")

@@ -53,8 +53,8 @@ class StockEngine:
     def __init__(self, target: Any) -> None:
         self._target = target
         self._client: VllmClient = connect(target)
-        self._capabilities, slots = _read_capabilities(self._client.vllm_config)
-        self._mirror = SlotMirror(slots)
+        self._capabilities = _read_capabilities(self._client.vllm_config)
+        self._mirror = SlotMirror(self._capabilities.max_loras)
         self._requests: dict[AdapterKey, Any] = {}  # one LoRARequest a key, for ever
         self._keys: dict[int, AdapterKey] = {}  # the same, by lora_int_id
         self._order = asyncio.Lock()  # one transition at a time, first come first served
@@ -153,6 +153,9 @@ class StockEngine:
                 self._mirror.removed(key)
             return Holdings(self._mirror.slots(), host)
 
+    def slots(self) -> dict[int, AdapterKey]:
+        return self._mirror.slots()
+
     def begin_use(self, key: AdapterKey) -> None:
         self._mirror.begin_use(key)
 
@@ -175,17 +178,17 @@ class StockEngine:
                 yield output
 
     def _request_for(self, adapter: Adapter) -> Any:
-        key = adapter.key
-        if key not in self._requests:
+        key, path = adapter.key, str(adapter.path)
+        known = self._requests.get(key)
+        if known is None or known.lora_path != path:
             from vllm.lora.request import LoRARequest
 
-            number = next(_next_id.setdefault(self._target, count(_FIRST_ID)))
+            ids = _next_id.setdefault(self._target, count(_FIRST_ID))
+            number = next(ids) if known is None else known.lora_int_id
             # The name carries the digest: vLLM's prefix cache tells adapters apart by name (0.26
             # by nothing else), and blocks of another revision must never match.
             self._requests[key] = LoRARequest(
-                lora_name=f"{key.name}@{key.digest}",
-                lora_int_id=number,
-                lora_path=str(adapter.path),
+                lora_name=f"{key.name}@{key.digest}", lora_int_id=number, lora_path=path
             )
             self._keys[number] = key
         return self._requests[key]
@@ -205,8 +208,8 @@ class StockEngine:
         return LoadFailedError(f"{what}: {error}", key=key, tier=Tier.GPU)
 
 
-def _read_capabilities(config: Any) -> tuple[Capabilities, int]:
-    """What this vLLM can hold, and how many slots it has."""
+def _read_capabilities(config: Any) -> Capabilities:
+    """What this vLLM can hold."""
     lora = config.lora_config
     if lora is None:
         raise ConfigError("LoRA is off: start vLLM with enable_lora=True")
@@ -235,12 +238,13 @@ def _read_capabilities(config: Any) -> tuple[Capabilities, int]:
             "slots can be used; set max_cpu_loras to %d or more",
             places, slots, places - 1, slots + 1,
         )  # fmt: skip
-    capabilities = Capabilities(
+    return Capabilities(
         name="stock",
+        max_loras=slots,
+        max_cpu_loras=places,
         slots=min(slots, places - 1),
         host_entries=places - 1,
         max_rank=int(lora.max_lora_rank),
         stages_without_slot=False,
         tensor_parallel=int(parallel.tensor_parallel_size),
     )
-    return capabilities, slots

@@ -11,7 +11,7 @@ fits, and all of it is set aside in one transition, or nothing (`residency.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -245,6 +245,10 @@ class Planner:
     def in_flight(self) -> int:
         """Number of transitions that the engine has not answered."""
         return len(self._flights)
+
+    def loads(self) -> Iterator[tuple[AdapterKey, int]]:
+        """Adapters that are on their way, and how many tickets wait for each."""
+        return ((key, len(flight.tickets)) for key, flight in self._loading.items())
 
     def check(self) -> None:
         """Assert every invariant that one state can show (tests call this after each event)."""

@@ -119,9 +119,7 @@ class Residency:
 
     def _may_leave_slot(self, slot: Copy) -> bool:
         key = slot.key
-        return not (
-            slot.op or key in self.leases or key in self.pins.gpu or key in self.unloading
-        )
+        return not (slot.op or key in self.leases or key in self.pins.gpu or key in self.unloading)
 
     def _may_leave_host(self, demoted: frozenset[AdapterKey]) -> Callable[[Copy], bool]:
         def may_leave(held: Copy) -> bool:

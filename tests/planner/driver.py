@@ -110,7 +110,7 @@ class Driver:
                     self.unloads.discard(ticket)
                     self.waiting.pop(ticket, None)
         self.planner.check()
-        leased = {key: 0 for key in self.leases.values()}
+        leased = dict.fromkeys(self.leases.values(), 0)
         for key in self.leases.values():
             leased[key] += 1
         assert leased == self.planner.residency.leases

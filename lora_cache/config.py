@@ -1,0 +1,73 @@
+"""Settings of a cache, validated in one place."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+
+from lora_cache.errors import ConfigError
+from lora_cache.policies import PolicyLike
+
+
+class CacheSettings(TypedDict, total=False):
+    """Keyword arguments of `AsyncLoraCache`; `CacheConfig` says what each means."""
+
+    policy: PolicyLike
+    host_policy: PolicyLike | None
+    host_bytes: int | str | None
+    max_loras: int | None
+    max_cpu_loras: int | None
+    lease_timeout_s: float | None
+    drain_after_s: float
+    retry_s: float
+    retry_max_s: float
+    publish: bool
+
+
+class CacheConfig(BaseModel):
+    """What a cache is told; everything has a default.
+
+    Attributes:
+        policy: who leaves a slot: ``"lru"``, ``"lfu"``, or a class (`lora_cache.policies`).
+        host_policy: who leaves host memory; the same policy, if not given.
+        host_bytes: budget for adapters in host memory, in bytes or like ``"20GiB"``; unlimited
+            but for the number that the engine holds, if not given.
+        max_loras, max_cpu_loras: what you believe the engine was started with; an error if it
+            was not.  The engine's own numbers are what counts.
+        lease_timeout_s: how long a lease waits for a slot, if the caller does not say.
+        drain_after_s: when the oldest waiter has waited this long, a victim takes no new leases.
+        retry_s, retry_max_s: a failed adapter fails fast for `retry_s` seconds, twice as long
+            after each further failure, up to `retry_max_s`.
+        publish: let ``lora-cache status`` on this machine see this cache.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    policy: Any = "lru"
+    host_policy: Any = None
+    host_bytes: ByteSize | None = Field(default=None, gt=0)
+    max_loras: int | None = Field(default=None, ge=1)
+    max_cpu_loras: int | None = Field(default=None, ge=1)
+    lease_timeout_s: float | None = Field(default=None, gt=0)
+    drain_after_s: float = Field(default=1.0, ge=0)
+    retry_s: float = Field(default=1.0, ge=0)
+    retry_max_s: float = Field(default=60.0, ge=0)
+    publish: bool = True
+
+    @classmethod
+    def of(cls, settings: CacheSettings) -> CacheConfig:
+        """Validate keyword arguments.
+
+        Raises:
+            ConfigError: a name is unknown or a value out of range; says which.
+        """
+        try:
+            return cls.model_validate(settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(cls.model_fields)
+                raise ConfigError(f"unknown setting {name!r}: there are {known}") from error
+            raise ConfigError(f"{name}={first['input']!r}: {first['msg']}") from error

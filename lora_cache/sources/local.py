@@ -1,0 +1,57 @@
+"""Adapters in local directories, identified by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
+from lora_cache.errors import AdapterChangedError, InvalidAdapterError
+from lora_cache.manifest import FILES, Stamp, read_manifest, read_stamp
+
+# A file that was written a moment ago can be written again without its times changing (their
+# granularity is a timer tick), so its digest is not remembered yet.  Git calls this "racy".
+_SETTLED_AFTER_NS = 2_000_000_000
+_MAX_REMEMBERED = 100_000
+
+
+class LocalSource:
+    """Directories as PEFT's `save_pretrained` writes them.
+
+    The key is a SHA-256 of the two files that vLLM reads, so the same adapter in two places is
+    one adapter, and new content under an old path is a new one.  Digests are remembered by
+    device, inode, size and times of change.  Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._digests: dict[Stamp, str] = {}
+
+    def resolve(self, ref: AdapterRef) -> Adapter:
+        directory = Path(os.path.realpath(ref.location))
+        manifest = read_manifest(directory)
+        stamp = read_stamp(directory)
+        digest = self._digests.get(stamp) or self._read_digest(directory, stamp)
+        name = os.path.basename(ref.location) or directory.name
+        return Adapter(AdapterKey(f"sha256:{digest}", name), directory, manifest, stamp)
+
+    def is_current(self, ref: AdapterRef, adapter: Adapter) -> bool:
+        return adapter.is_unchanged()
+
+    def _read_digest(self, directory: Path, stamp: Stamp) -> str:
+        digest = hashlib.sha256()
+        try:
+            for name in FILES:
+                with open(directory / name, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InvalidAdapterError(f"{directory} cannot be read: {error.strerror}") from error
+        if read_stamp(directory) != stamp:
+            raise AdapterChangedError(f"{directory} was written to while it was read: try again")
+        newest = max(ns for file in stamp for ns in file[3:])
+        if time.time_ns() - newest > _SETTLED_AFTER_NS:
+            if len(self._digests) >= _MAX_REMEMBERED:
+                self._digests.clear()
+            self._digests[stamp] = digest.hexdigest()
+        return digest.hexdigest()

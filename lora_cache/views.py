@@ -1,0 +1,171 @@
+"""What a cache shows of itself: numbers (`Stats`) and who is where (`Snapshot`).
+
+Plain frozen records; `to_dict` of each is the documented form of every ``--json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_cache.adapter import AdapterKey
+from lora_cache.catalog import Catalog
+from lora_cache.engines import Engine
+from lora_cache.planner import Counters, Planner
+from lora_cache.state import CopyState, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counts since the cache was attached (`Counters` says what each counts), and ratios.
+
+    Attributes:
+        requests: leases granted, of whatever kind of hit.
+        evictions: copies that lost a place to another adapter, slots and host together.
+        waited_s: seconds that granted leases waited, in all.
+        load_s: seconds that the engine spent on transitions, in all.
+    """
+
+    requests: int
+    slot_hits: int
+    host_hits: int
+    disk_hits: int
+    evictions: int
+    gpu_evictions: int
+    host_evictions: int
+    activations: int
+    disk_loads: int
+    unloads: int
+    load_failures: int
+    drains: int
+    drift: int
+    waited_s: float
+    load_s: float
+
+    @classmethod
+    def of(cls, counters: Counters, *, waited_s: float, load_s: float) -> Stats:
+        return cls(
+            requests=counters.slot_hits + counters.host_hits + counters.disk_hits,
+            evictions=counters.gpu_evictions + counters.host_evictions,
+            waited_s=waited_s,
+            load_s=load_s,
+            **asdict(counters),
+        )
+
+    @property
+    def slot_hit_ratio(self) -> float:
+        """Share of leases whose adapter sat in a slot; 0 before the first lease."""
+        return self.slot_hits / self.requests if self.requests else 0.0
+
+    @property
+    def host_hit_ratio(self) -> float:
+        """Share of leases whose adapter had to come from host memory."""
+        return self.host_hits / self.requests if self.requests else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "slot_hit_ratio": round(self.slot_hit_ratio, 4),
+            "host_hit_ratio": round(self.host_hit_ratio, 4),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStatus:
+    """One adapter that is resident, or waited for.
+
+    Attributes:
+        key: the immutable identity, as text.
+        tier: the nearest tier to the GPU in which its copy is ready (``disk`` if in none).
+        slot: slot index, or None.
+        gpu, host: state of its copy in that tier, or None without one.
+        since_s: seconds that it has been in its nearest tier, in its present state.
+        leases: leases held now.
+        waiting: callers that wait for it.
+        pinned: the tier that it is pinned in, or None.
+        nbytes: bytes charged in host memory.
+    """
+
+    key: str
+    name: str
+    tier: Tier
+    slot: int | None
+    gpu: CopyState | None
+    host: CopyState | None
+    since_s: float
+    leases: int
+    waiting: int
+    pinned: Tier | None
+    nbytes: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Who is where, at one moment.
+
+    Attributes:
+        slots: how many slots the engine has for us; `host_entries` likewise for host memory.
+        host_bytes: bytes charged in host memory; `host_bytes_max` is the budget, or None.
+        waiting: callers that wait for a slot or a load, over all adapters.
+        adapters: slots first, by index; then host memory, then who only waits.
+    """
+
+    engine: str
+    policy: str
+    host_policy: str
+    slots: int
+    host_entries: int
+    host_bytes: int
+    host_bytes_max: int | None
+    registered: int
+    waiting: int
+    adapters: tuple[AdapterStatus, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def snapshot_of(planner: Planner, catalog: Catalog, engine: Engine, now: float) -> Snapshot:
+    """Draw the picture that `AsyncLoraCache.snapshot` returns."""
+    gpu, host = planner.residency.gpu, planner.residency.host
+    slot_of = {key: index for index, key in engine.slots().items()}
+    queue = {demand.key: len(demand.tickets) for demand in planner.waiting}
+    for move, tickets in planner.loads():
+        queue[move] = queue.get(move, 0) + tickets
+
+    def status(key: AdapterKey) -> AdapterStatus:
+        slot, held, known = gpu.get(key), host.get(key), catalog.get(key)
+        nearest = slot or held
+        ready = next((t.tier for t in (gpu, host) if t.is_ready(key)), Tier.DISK)
+        return AdapterStatus(
+            key=key.digest,
+            name=key.name,
+            tier=Tier.GPU if slot and slot.state is CopyState.DRAINING else ready,
+            slot=slot_of.get(key) if slot else None,
+            gpu=slot.state if slot else None,
+            host=held.state if held else None,
+            since_s=now - nearest.since if nearest else 0.0,
+            leases=planner.residency.leases.get(key, 0),
+            waiting=queue.get(key, 0),
+            pinned=planner.residency.pins.tier_of(key),
+            nbytes=held.nbytes if held else 0,
+            rank=known.manifest.rank if known else 0,
+        )
+
+    keys = {copy.key for copy in host} | queue.keys()
+    order = {Tier.GPU: 0, Tier.HOST: 1, Tier.DISK: 2}
+    rows = [status(key) for key in keys]
+    rows.sort(key=lambda row: (order[row.tier], row.slot or 0, row.name, row.key))
+    return Snapshot(
+        engine=engine.capabilities.name,
+        policy=type(gpu.policy).__name__.lower(),
+        host_policy=type(host.policy).__name__.lower(),
+        slots=gpu.max_entries,
+        host_entries=host.max_entries,
+        host_bytes=host.used_bytes,
+        host_bytes_max=host.max_bytes,
+        registered=len(catalog),
+        waiting=sum(queue.values()),
+        adapters=tuple(rows),
+    )
