@@ -143,8 +143,8 @@ class SyncClient:
                     stream.put_nowait(error)
                 return
             for output in outputs:
-                if (stream := self._streams.get(output.request_id)) is not None:
-                    stream.put_nowait(output)
+                if output.request_id in self._streams:
+                    self._streams[output.request_id].put_nowait(output)
             await asyncio.sleep(0)
 
 

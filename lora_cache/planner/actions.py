@@ -50,7 +50,8 @@ class Transition:
     demote: tuple[AdapterKey, ...] = ()
     drop: tuple[AdapterKey, ...] = ()
 
-    def keys(self) -> frozenset[AdapterKey]:
+    @property
+    def involved(self) -> frozenset[AdapterKey]:
         """Every key that this transition moves."""
         load = () if self.load is None else (self.load,)
         return frozenset((*load, *self.demote, *self.drop))

@@ -227,7 +227,7 @@ class Planner:
                 held = residency.host.get(lost.key)
                 table.lose(lost.key, now)
                 self._repair(lost.key, held.nbytes if held else 0)
-        moving = {key for flight in self._flights.values() for key in flight.move.keys()}
+        moving = {key for flight in self._flights.values() for key in flight.move.involved}
         strangers = [k for k in in_host - moving if k not in residency.host]
         promoted = [k for k in in_slots - moving if k in residency.host and k not in residency.gpu]
         self.counters.drift += len(strangers) + len(promoted)
@@ -388,7 +388,7 @@ class Planner:
         return demand.tier is Tier.GPU or not self.limits.stages_without_slot
 
     def _after_flight(self, move: Transition, now: float) -> None:
-        for key in move.keys():
+        for key in move.involved:
             self._advance_unload(key, now)
         self._pump(now)
 

@@ -135,19 +135,19 @@ class TierTable:
         claim = self._settle(op)
         for copy in claim.victims:
             self._forget(copy, reason, now)
-        if (copy := claim.newcomer) is not None:
-            copy.op = None
-            copy.move(CopyState.READY, now)
-            self._charge(copy)
-            self.policy.on_insert(copy.key, copy.nbytes, cost_s, now)
+        if (new := claim.newcomer) is not None:
+            new.op = None
+            new.move(CopyState.READY, now)
+            self._charge(new)
+            self.policy.on_insert(new.key, new.nbytes, cost_s, now)
         return [copy.key for copy in claim.victims]
 
     def abort(self, op: int, gone: Collection[AdapterKey], now: float) -> None:
         """The transition failed: the newcomer never was, victims not in `gone` are READY again."""
         claim = self._settle(op)
-        if (copy := claim.newcomer) is not None:
-            copy.move(CopyState.FAILED, now)
-            del self._copies[copy.key]
+        if (new := claim.newcomer) is not None:
+            new.move(CopyState.FAILED, now)
+            del self._copies[new.key]
         for copy in claim.victims:
             if copy.key in gone:
                 self._forget(copy, RemovalReason.EVICTED, now)

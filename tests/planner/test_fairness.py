@@ -1,0 +1,72 @@
+"""Invariant 10 in numbers: how long anybody can wait, whatever the others do.
+
+A discrete-event simulation with hostile traffic: every adapter is asked for again at once, so
+each resident one has always leases and, without draining, nobody else would ever get in.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_cache.planner import Limits
+from tests.planner.driver import Driver
+
+DRAIN_AFTER_S, LONGEST_S, LOAD_S = 2.0, 3.0, 0.25
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.integers(1, 4),
+    arrivals=st.lists(
+        st.tuples(st.floats(0.01, 0.4), st.integers(0, 5), st.floats(0.05, LONGEST_S)),
+        min_size=20,
+        max_size=120,
+    ),
+)
+def test_everyone_is_admitted_in_time(slots: int, arrivals: list[tuple[float, int, float]]) -> None:
+    """Wait ≤ drain_after + ⌈place in the line / slots⌉ · (longest lease + load)."""
+    driver = Driver(Limits(slots, slots + 2, drain_after_s=DRAIN_AFTER_S))
+    events: list[tuple[float, int, str, int]] = []
+    order, now = 0, 0.0
+    for gap, number, _ in arrivals:
+        now += gap
+        order += 1
+        heapq.heappush(events, (now, order, "arrive", number))
+    lengths = [length for *_, length in arrivals]
+    asked: dict[int, tuple[float, int]] = {}
+    leased: set[int] = set()
+    flying: set[int] = set()
+
+    while events:
+        driver.now, _, kind, subject = heapq.heappop(events)
+        if kind == "arrive":
+            line = len(driver.planner.waiting) + len(driver.flights)
+            asked[driver.acquire(subject)] = (driver.now, line + 1)
+        elif kind == "loaded":
+            driver.complete(subject)
+        elif kind == "done":
+            driver.release(subject)
+        else:
+            driver.take(driver.planner.tick(driver.now))
+        for ticket in set(driver.leases) - leased:
+            came, place = asked[ticket]
+            rounds = math.ceil(place / slots)
+            bound = DRAIN_AFTER_S + rounds * (LONGEST_S + LOAD_S) + LOAD_S
+            assert driver.now - came <= bound + 1e-6, (driver.now - came, bound, place)
+            order += 1
+            length = lengths[ticket % len(lengths)]
+            heapq.heappush(events, (driver.now + length, order, "done", ticket))
+        leased |= set(driver.leases)
+        for op in set(driver.flights) - flying:
+            order += 1
+            heapq.heappush(events, (driver.now + LOAD_S, order, "loaded", op))
+        flying |= set(driver.flights)
+        deadline = driver.planner.next_deadline(driver.now)
+        if deadline is not None:
+            order += 1
+            heapq.heappush(events, (deadline, order, "tick", 0))
+    assert leased == set(asked), "somebody was never admitted"
