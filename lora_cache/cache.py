@@ -304,6 +304,7 @@ class AsyncLoraCache:
 
     async def acquire_lease(self, ref: AdapterLike, timeout_s: float | None) -> _Grant:
         """Resolve, wait for a slot, and count a lease; `Lease` is the way to use it."""
+        self._require_open()
         started = self._now()
         adapter = self._catalog.current(_as_ref(ref)) or await self._resolve(ref)
         ticket, served_from = await self._acquire(adapter, Want.LEASE, timeout_s)
