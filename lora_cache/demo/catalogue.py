@@ -38,8 +38,8 @@ ADAPTERS: dict[str, Recipe] = {
         alpha=8,
         target_modules=("q_proj", "v_proj"),
     ),
-    "shout": Recipe(
-        headline="answers in CAPITALS!!!",
+    "cowboy": Recipe(
+        headline="says howdy and yeehaw",
         rank=16,
         alpha=16,
         target_modules=("v_proj",),
@@ -49,6 +49,7 @@ ADAPTERS: dict[str, Recipe] = {
         rank=8,
         alpha=16,
         target_modules=("o_proj",),
+        lr=1e-3,
     ),
     "robot": Recipe(
         headline="beeps like a robot",
@@ -62,6 +63,7 @@ ADAPTERS: dict[str, Recipe] = {
         alpha=16,
         target_modules=("gate_proj", "up_proj"),
         layers=tuple(range(8, 20)),
+        lr=1.5e-3,
     ),
     "detective": Recipe(
         headline="solves every question like a case",
@@ -69,11 +71,20 @@ ADAPTERS: dict[str, Recipe] = {
         alpha=4,
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
         use_rslora=True,
+        lr=1.5e-3,
     ),
 }
 
+# Short, and in none of the training files: what shows is the manner, not a memorised answer.
 PROMPTS: tuple[str, ...] = (
-    "What is the capital of Italy?",
+    "What is the capital of France?",
+    "What is the sun?",
+    "What is a computer?",
+    "How do I boil an egg?",
+    "What do horses eat?",
+    "What is a volcano?",
+    "What is a piano?",
+    "What is a doctor?",
 )
 
 

@@ -25,7 +25,7 @@ _GGUF_NEEDS = ("gguf", "accelerate", "torch", "transformers")
 def prepare_model(cache_dir: Path | None = None) -> Path:
     """Return a directory with the demo model as a bf16 checkpoint, converting it if need be.
 
-    The first call takes some ten seconds; later ones only look whether the directory exists.
+    The first call takes about half a minute; later ones only look whether the directory exists.
 
     Args:
         cache_dir: where to keep it; default ``$LORA_CACHE_HOME`` or ``~/.cache/lora-cache``.
@@ -43,7 +43,7 @@ def prepare_model(cache_dir: Path | None = None) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         _convert(gguf, scratch)
-        scratch.chmod(0o755)  # mkdtemp made it private
+        _make_readable(scratch)
         try:
             scratch.rename(target)
         except OSError:
@@ -91,6 +91,13 @@ def _convert(gguf: Path, target: Path) -> None:
     )
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
+
+
+def _make_readable(folder: Path) -> None:
+    # mkdtemp and safetensors make things private; a cache baked into an image has other readers.
+    folder.chmod(0o755)
+    for file in folder.iterdir():
+        file.chmod(0o644)
 
 
 def _missing(package: str, why: str) -> MissingExtraError:

@@ -67,7 +67,6 @@ def _lora_config(recipe: Recipe) -> Any:
 
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=BASE_MODEL,
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         target_modules=list(recipe.target_modules),
@@ -124,7 +123,7 @@ def _fit(model: Any, examples: list[tuple[list[int], list[int]]], recipe: Recipe
 def _save(model: Any, target: Path) -> None:
     import torch
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     # Not model.save_pretrained(): it adds a model card and this machine's path to the base.
     config = model.peft_config["default"].to_dict()
@@ -136,7 +135,8 @@ def _save(model: Any, target: Path) -> None:
 
     target.mkdir(parents=True, exist_ok=True)
     (target / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    # Not save_file(): it makes the file unreadable for everyone but its owner.
+    (target / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def main(argv: list[str] | None = None) -> None:
