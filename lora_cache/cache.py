@@ -520,6 +520,7 @@ def _limits(config: CacheConfig, engine: Capabilities) -> Limits:
         host_entries=engine.host_entries,
         host_bytes=config.host_bytes,
         stages_without_slot=engine.stages_without_slot,
+        max_in_flight=engine.max_in_flight,
         drain_after_s=config.drain_after_s,
         retry_s=config.retry_s,
         retry_max_s=config.retry_max_s,

@@ -26,6 +26,7 @@ class Capabilities:
         host_entries: adapters that fit into host memory, those in slots included.
         max_rank: highest rank that a slot can hold.
         stages_without_slot: it can bring an adapter into host memory without using a slot.
+        max_in_flight: transitions that it works on at a time, or None for no limit.
         tensor_parallel: copies of each adapter in host memory (one a rank).
     """
 
@@ -36,6 +37,7 @@ class Capabilities:
     host_entries: int
     max_rank: int
     stages_without_slot: bool = True
+    max_in_flight: int | None = None
     tensor_parallel: int = 1
 
 

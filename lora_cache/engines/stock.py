@@ -246,5 +246,6 @@ def _read_capabilities(config: Any) -> Capabilities:
         host_entries=places - 1,
         max_rank=int(lora.max_lora_rank),
         stages_without_slot=False,
+        max_in_flight=1,
         tensor_parallel=int(parallel.tensor_parallel_size),
     )

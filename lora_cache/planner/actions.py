@@ -21,7 +21,7 @@ class Want(Enum):
     LEASE = "lease"  #: a slot, for as long as the ticket is held; waits its turn
     PIN_GPU = "pin gpu"  #: a slot, until unpinned; waits its turn
     PIN_HOST = "pin host"  #: host memory, until unpinned; waits its turn
-    STAGE = "stage"  #: host memory, if that is possible now; never waits for room
+    STAGE = "stage"  #: host memory, if there is room; never waits for others to leave
 
     @property
     def tier(self) -> Tier:
@@ -110,6 +110,9 @@ class Limits:
         host_entries: adapters in host memory, those in slots included; at least `slots`.
         host_bytes: bytes of host memory, or None for no limit but `host_entries`.
         stages_without_slot: the engine can bring an adapter into host memory without a slot.
+        max_in_flight: transitions that the engine works on at a time, or None.  Where it is one,
+            every decision waits for the last one's outcome, which costs nothing (the engine
+            would queue it) and lets a request that comes meanwhile overtake speculation.
         drain_after_s: seconds that the oldest waiter waits before a victim takes no new leases.
         retry_s: seconds before a failed load is tried again; doubles with each failure.
         retry_max_s: upper bound of that.
@@ -119,6 +122,7 @@ class Limits:
     host_entries: int
     host_bytes: int | None = None
     stages_without_slot: bool = True
+    max_in_flight: int | None = None
     drain_after_s: float = 1.0
     retry_s: float = 1.0
     retry_max_s: float = 60.0

@@ -94,9 +94,6 @@ class Planner:
             self.waiting.join(request)
             self._queued[ticket] = request
             self._pump(now)
-            if want is Want.STAGE and ticket in self._queued:
-                self._dequeue(request)
-                self._refuse(request, _no_room(key))
         return self._take_actions()
 
     def cancel(self, ticket: int, now: float) -> list[Action]:
@@ -341,14 +338,18 @@ class Planner:
             unloading = key in self.residency.unloading and not demand.repair
             if unloading or self.residency.is_moving(key):
                 continue  # looked at again when that transition has ended
-            if self._needs_slot(demand) and not slots_left:
-                continue  # strictly in order: an older waiter comes first
-            if key in self.residency.gpu:  # set aside for an older waiter; now its own turn came
-                self._undrain(key, now)
+            needs_slot = self._needs_slot(demand)
+            if needs_slot and key in self.residency.gpu and slots_left:
+                self._undrain(key, now)  # set aside for an older waiter; now its own turn came
             elif not demand.repair and (error := self._too_large(key, demand.nbytes)):
                 self._abandon(demand, error)
+            elif self._is_busy:
+                break  # decided when the engine has finished
+            elif needs_slot and not slots_left:
+                self._refuse_speculation(demand)  # strictly in order: an older waiter comes first
             elif not self._start(demand, now):
-                slots_left = slots_left and not self._needs_slot(demand)
+                slots_left = slots_left and not needs_slot
+                self._refuse_speculation(demand)
         self._balance_drains(now)
 
     def _abandon(self, demand: Demand, error: LoraCacheError) -> None:
@@ -356,6 +357,17 @@ class Planner:
         for request in demand.tickets.values():
             del self._queued[request.number]
             self._refuse(request, error)
+
+    @property
+    def _is_busy(self) -> bool:
+        limit = self.limits.max_in_flight
+        return limit is not None and len(self._flights) >= limit
+
+    def _refuse_speculation(self, demand: Demand) -> None:
+        for request in list(demand.tickets.values()):
+            if request.want is Want.STAGE:
+                self._dequeue(request)
+                self._refuse(request, _no_room(demand.key))
 
     def _start(self, demand: Demand, now: float) -> bool:
         """Bring the adapter in, if there is room or room can be made."""
@@ -388,7 +400,7 @@ class Planner:
         return demand.tier is Tier.GPU or not self.limits.stages_without_slot
 
     def _after_flight(self, move: Transition, now: float) -> None:
-        for key in move.involved:
+        for key in (*move.involved, *self.residency.unloading):
             self._advance_unload(key, now)
         self._pump(now)
 
@@ -431,10 +443,10 @@ class Planner:
                 error = PinnedError(f"{key} is pinned: unpin it before unloading", key=key)
                 self._actions.append(Refused(ticket, error))
             self._undrain(key, now)
-        elif key in self.residency.leases:
-            self.residency.drain(key, now)
         else:
-            self._drop([key], now)
+            self.residency.drain(key, now)
+            if key not in self.residency.leases and not self._is_busy:
+                self._drop([key], now)
 
     def _drop(self, keys: list[AdapterKey], now: float) -> None:
         move = Transition(next(self._ops), drop=tuple(keys))

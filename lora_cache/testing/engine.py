@@ -32,7 +32,8 @@ class FakeEngine:
 
     Args:
         slots, host_entries: capacities.
-        stages_without_slot: like the resident engine (True) or the stock one (False).
+        stages_without_slot, max_in_flight: like the resident engine (True, None) or the stock
+            one (False, 1).
         load_s, activate_s, step_s: how long a read from disk, a write into a slot, and one token
             take, on `clock`; 0 takes no time at all.
         tokens: length of every answer.
@@ -52,6 +53,7 @@ class FakeEngine:
         *,
         max_rank: int = 64,
         stages_without_slot: bool = True,
+        max_in_flight: int | None = None,
         load_s: float = 0.0,
         activate_s: float = 0.0,
         step_s: float = 0.0,
@@ -66,6 +68,7 @@ class FakeEngine:
             host_entries=host_entries,
             max_rank=max_rank,
             stages_without_slot=stages_without_slot,
+            max_in_flight=max_in_flight,
         )
         self.load_s, self.activate_s, self.step_s = load_s, activate_s, step_s
         self.tokens = tokens

@@ -28,15 +28,17 @@ class PlannerMachine(RuleBasedStateMachine):
         spare=st.integers(0, 3),
         host_bytes=st.sampled_from([None, 6, 12]),
         stages=st.booleans(),
+        max_in_flight=st.sampled_from([None, 1]),
         gpu_policy=POLICIES,
         host_policy=POLICIES,
     )
-    def start(self, slots, spare, host_bytes, stages, gpu_policy, host_policy):  # type: ignore[no-untyped-def]
+    def start(self, slots, spare, host_bytes, stages, max_in_flight, gpu_policy, host_policy):  # type: ignore[no-untyped-def]
         limits = Limits(
             slots,
             slots + spare,
             host_bytes,
             stages_without_slot=stages,
+            max_in_flight=max_in_flight,
             drain_after_s=5.0,
             retry_s=2.0,
         )
@@ -125,6 +127,8 @@ class PlannerMachine(RuleBasedStateMachine):
             for demand in planner.waiting
             if not residency.is_moving(demand.key) and demand.key not in residency.unloading
         ]
+        if planner.limits.max_in_flight and planner.in_flight:
+            return
         if not waiting or any(demand.repair for demand in planner.waiting):
             return
         if host.max_bytes is not None or host.used_entries == host.max_entries:

@@ -1,0 +1,109 @@
+"""Real vLLM engines on the CPU, as few as possible: one in-process one, one `AsyncLLM`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.real.parts import write_adapter, write_tiny_llama
+
+# In-process engines: a test can look into the slots, and they start in seconds.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# One thread: OpenMP threads that wait for each other by spinning are ruinous on a busy machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+MAX_LORAS, MAX_CPU_LORAS, MAX_RANK = 3, 7, 16
+
+TARGETS = [
+    ("q_proj", "v_proj"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("down_proj",),
+    ("gate_proj", "up_proj"),
+    ("v_proj",),
+]
+
+
+def engine_arguments(model: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "kv_cache_memory_bytes": 16 << 20,
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "enable_lora": True,
+        "max_loras": MAX_LORAS,
+        "max_cpu_loras": MAX_CPU_LORAS,
+        "max_lora_rank": MAX_RANK,
+        "dtype": "float32",
+        "enable_prefix_caching": False,
+        "max_num_seqs": 16,
+        "disable_log_stats": True,
+        **changes,
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("vllm")
+    return write_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Twelve adapters, of different rank and target modules."""
+    root = tmp_path_factory.mktemp("adapters")
+    return [
+        write_adapter(
+            root / f"a{number}",
+            seed=number,
+            rank=(4, 8, 16, 6)[number % 4],
+            targets=TARGETS[number % len(TARGETS)],
+        )
+        for number in range(12)
+    ]
+
+
+@pytest.fixture(scope="session")
+def llm(tiny_model: Path) -> Iterator[Any]:
+    """One in-process `vllm.LLM` for all tests."""
+    from vllm import LLM
+
+    yield LLM(**engine_arguments(tiny_model))
+
+
+class Inside:
+    """What really happens inside an in-process engine: slots, host memory, reads from disk."""
+
+    def __init__(self, llm: Any) -> None:
+        executor = llm.llm_engine.engine_core.engine_core.model_executor
+        self.worker = executor.driver_worker.worker.model_runner.lora_manager
+        self.manager = self.worker._adapter_manager
+        self.loads: list[int] = []
+        self._load = self.worker._load_adapter
+
+    def __enter__(self) -> Inside:
+        def counted(request: Any) -> Any:
+            self.loads.append(request.lora_int_id)
+            return self._load(request)
+
+        self.worker._load_adapter = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.worker._load_adapter = self._load
+
+    def slots(self) -> dict[int, int]:
+        """Slot index → lora_int_id, read from the model's own table."""
+        return {i: n for i, n in enumerate(self.manager.lora_index_to_id) if n is not None}
+
+    def host(self) -> set[int]:
+        return set(self.manager.list_adapters())
