@@ -20,7 +20,7 @@ from lora_cache.errors import (
 )
 from lora_cache.policies import LFU, LRU, Policy
 from lora_cache.testing import RandomPolicy
-from tests.real.conftest import Inside
+from tests.real.engines import Inside
 from tests.real.parts import write_adapter
 
 pytestmark = pytest.mark.vllm
@@ -38,11 +38,8 @@ def prompt(seed: int, length: int = 6) -> dict[str, list[int]]:
 
 
 async def ask(cache: AsyncLoraCache, adapter: Path | None, seed: int = 0, tokens: int = 8) -> Any:
-    output = None
-    async for output in cache.generate(prompt(seed), greedy(tokens), adapter):
-        pass
-    assert output is not None
-    return list(output.outputs[0].token_ids)
+    outputs = [out async for out in cache.generate(prompt(seed), greedy(tokens), adapter)]
+    return list(outputs[-1].outputs[0].token_ids)
 
 
 def assert_agrees(cache: AsyncLoraCache, inside: Inside) -> None:

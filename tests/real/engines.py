@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +72,11 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
-def llm(tiny_model: Path) -> Iterator[Any]:
+def llm(tiny_model: Path) -> Any:
     """One in-process `vllm.LLM` for all tests."""
     from vllm import LLM
 
-    yield LLM(**engine_arguments(tiny_model))
+    return LLM(**engine_arguments(tiny_model))
 
 
 class Inside:
