@@ -6,48 +6,34 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
 from typing import Any, Unpack
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.catalog import AdapterLike, Catalog
-from lora_cache.clock import Clock, LoopClock, Timer
+from lora_cache.clock import Clock
 from lora_cache.config import CacheConfig, CacheSettings
-from lora_cache.engines import Capabilities, TransitionFailedError, make_engine
+from lora_cache.driver import Driver
+from lora_cache.engines import Capabilities, make_engine
 from lora_cache.errors import (
-    AdapterChangedError,
     CacheClosedError,
     ConfigError,
-    EngineDeadError,
-    EngineError,
-    LeaseTimeoutError,
-    LoraCacheError,
     NoRoomError,
     UnsupportedAdapterError,
 )
 from lora_cache.feed import Feed
 from lora_cache.lease import Lease
-from lora_cache.planner import Action, Granted, Limits, Planner, Start, Transition, Want
-from lora_cache.planner.failures import again
+from lora_cache.planner import Limits, Planner, Want
 from lora_cache.policies import make_policy
 from lora_cache.sources import LocalSource, Source
 from lora_cache.state import Tier
+from lora_cache.status import StatusFile
 from lora_cache.views import Snapshot, Stats, snapshot_of
 
 logger = logging.getLogger(__name__)
 
 _Grant = tuple[int, Adapter, Tier, float]
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiter:
-    """A caller that waits for its ticket; `want` is None for an unload."""
-
-    future: asyncio.Future[Tier]
-    key: AdapterKey
-    want: Want | None
 
 
 class AsyncLoraCache:
@@ -83,35 +69,26 @@ class AsyncLoraCache:
     ) -> None:
         self.config = CacheConfig.of(settings)
         self._engine = make_engine(target)
-        self._capabilities = self._engine.capabilities
-        self._limits = _limits(self.config, self._capabilities)
+        self._limits = _limits(self.config, self._engine.capabilities)
         self._planner = Planner(
             self._limits,
             make_policy(self.config.policy),
             make_policy(self.config.host_policy or self.config.policy),
         )
         self._catalog = Catalog({"local": LocalSource()} | (sources or {}), self._accept)
-        self._clock = clock
-        self._tickets = count(1)
-        self._waiters: dict[int, _Waiter] = {}
-        self._held_back: list[Transition] | None = None  # while `reconcile` wants quiet
-        self._transitions: set[asyncio.Task[None]] = set()
+        self._driver = Driver(self._planner, self._engine, self._catalog.__getitem__, clock)
         self._feeds: set[Feed] = set()
-        self._timer: Timer | None = None
+        self._status: StatusFile | None = None
         self._request_ids = count(1)
-        self._refusal: LoraCacheError | None = CacheClosedError(
-            "the cache is not open: use it inside `async with AsyncLoraCache(...)`"
-        )
         self._waited_s = 0.0
-        self._load_s = 0.0
 
     # ------------------------------------------------------------------ open, close
 
     async def __aenter__(self) -> AsyncLoraCache:
-        if self._clock is None:
-            self._clock = LoopClock()
-        await self._engine.attach()
-        self._refusal = None
+        await self._driver.open()
+        if self.config.publish:
+            self._status = StatusFile(self)
+            self._status.start()
         return self
 
     async def __aexit__(
@@ -127,15 +104,13 @@ class AsyncLoraCache:
 
         Idempotent.  Adapters under leases that are still held elsewhere stay in the engine.
         """
-        if isinstance(self._refusal, CacheClosedError):
+        if self._driver.is_closed:
             return
-        self._refuse_all(CacheClosedError("the cache is closed"))
+        self._driver.refuse(CacheClosedError("the cache is closed"))
         await asyncio.gather(*(feed.close() for feed in list(self._feeds)))
-        while self._transitions:
-            await asyncio.wait(self._transitions)
-        if self._timer is not None:
-            self._timer.cancel()
-        await self._engine.detach()
+        if self._status is not None:
+            await self._status.close()
+        await self._driver.close()
 
     # ------------------------------------------------------------------ requests
 
@@ -166,7 +141,7 @@ class AsyncLoraCache:
         aborts the request.  One that merely stops reading holds no slot: the lease ends with the
         request.
         """
-        self._require_open()
+        self._driver.require_open()
         if request_id is None:
             request_id = f"lora-cache-{next(self._request_ids)}"
         lease = key = None
@@ -246,7 +221,7 @@ class AsyncLoraCache:
         """Withdraw the pin; the adapter stays until the policy picks it.  No pin is fine."""
         # What it meant when it was resolved: this must work when the files are gone.
         if (found := self._catalog.last(_as_ref(adapter))) is not None:
-            self._perform(self._planner.unpin(found.key, self._now()))
+            self._driver.unpin(found.key)
 
     async def unload(self, adapter: AdapterLike, *, timeout_s: float | None = None) -> None:
         """Let no new request have it, wait for those that do, then drop it from GPU and host.
@@ -257,44 +232,25 @@ class AsyncLoraCache:
             PinnedError: unpin it first.
             LeaseTimeoutError: it was still leased after `timeout_s` seconds, and stays.
         """
-        self._require_open()
-        if (found := self._catalog.last(_as_ref(adapter))) is None:
-            return
-        ticket = next(self._tickets)
-        actions = self._planner.unload(ticket, found.key, self._now())
-        await self._wait(ticket, actions, found.key, None, timeout_s)
+        if (found := self._catalog.last(_as_ref(adapter))) is not None:
+            await self._driver.unload(found.key, timeout_s)
 
     # ------------------------------------------------------------------ questions
 
     def stats(self) -> Stats:
         """Counts since the cache was opened."""
-        return Stats.of(self._planner.counters, waited_s=self._waited_s, load_s=self._load_s)
+        return Stats.of(self._planner.counters, waited_s=self._waited_s, load_s=self._driver.load_s)
 
     def snapshot(self) -> Snapshot:
         """Who is where, right now.  Cost grows with what is resident, not with what is known."""
-        return snapshot_of(self._planner, self._catalog, self._engine, self._now())
+        return snapshot_of(self._planner, self._catalog, self._engine, self._driver.now())
 
     async def reconcile(self) -> int:
         """Compare with what the engine really holds; repair.  Returns how many copies were off.
 
         Waits until no transition is in flight; new ones are held back meanwhile.
         """
-        self._require_open()
-        if self._held_back is not None:
-            raise LoraCacheError("a reconcile is under way already")
-        self._held_back = []
-        before = self._planner.counters.drift
-        try:
-            while self._transitions:
-                await asyncio.wait(self._transitions)
-            holdings = await self._engine.holdings()
-            actions = self._planner.reconcile(holdings, self._now())
-        finally:
-            held, self._held_back = self._held_back, None
-            for move in held:
-                self._launch(move)
-        self._perform(actions)
-        return self._planner.counters.drift - before
+        return await self._driver.reconcile()
 
     def handle(self, key: AdapterKey) -> Any:
         """What a request must carry to run with `key`, which must be leased."""
@@ -304,179 +260,31 @@ class AsyncLoraCache:
 
     async def acquire_lease(self, ref: AdapterLike, timeout_s: float | None) -> _Grant:
         """Resolve, wait for a slot, and count a lease; `Lease` is the way to use it."""
-        self._require_open()
-        started = self._now()
+        self._driver.require_open()
+        started = self._driver.now()
         adapter = self._catalog.current(_as_ref(ref)) or await self._resolve(ref)
         ticket, served_from = await self._acquire(adapter, Want.LEASE, timeout_s)
-        waited_s = self._now() - started
+        waited_s = self._driver.now() - started
         self._waited_s += waited_s
         return ticket, adapter, served_from, waited_s
 
     def release_lease(self, ticket: int, key: AdapterKey) -> None:
         """End the lease that `ticket` was granted."""
-        self._engine.end_use(key)
-        self._perform(self._planner.release(ticket, self._now()))
+        self._driver.release(ticket, key)
 
     async def _acquire(
         self, adapter: Adapter, want: Want, timeout_s: float | None
     ) -> tuple[int, Tier]:
-        self._require_open()
-        ticket, key = next(self._tickets), adapter.key
-        nbytes = adapter.nbytes * self._capabilities.tensor_parallel
-        actions = self._planner.acquire(ticket, key, nbytes, self._now(), want)
-        served_from = await self._wait(ticket, actions, key, want, timeout_s)
-        if want is Want.LEASE:
-            self._engine.begin_use(key)
-        return ticket, served_from
-
-    async def _wait(
-        self,
-        ticket: int,
-        actions: list[Action],
-        key: AdapterKey,
-        want: Want | None,
-        timeout_s: float | None,
-    ) -> Tier:
-        """Carry out `actions`, and wait until `ticket` is granted or refused."""
-        if len(actions) == 1 and isinstance(actions[0], Granted):  # the hot path: no future
-            return actions[0].served_from
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), key, want)
-        self._waiters[ticket] = waiter
-        self._perform(actions)
         if timeout_s is None:
             timeout_s = self.config.lease_timeout_s
-        timer = None
-        if timeout_s is not None:
-            timer = self._require_clock().call_at(
-                self._now() + timeout_s, lambda: self._time_out(waiter, timeout_s)
-            )
-        try:
-            return await waiter.future
-        except BaseException:
-            if self._waiters.pop(ticket, None) is not None:
-                self._perform(self._planner.cancel(ticket, self._now()))
-            elif not waiter.future.cancelled() and waiter.future.exception() is None:
-                # Granted in the very moment in which the caller was cancelled.
-                self._give_back(ticket, waiter)
-            raise
-        finally:
-            if timer is not None:
-                timer.cancel()
-
-    def _time_out(self, waiter: _Waiter, timeout_s: float) -> None:
-        if waiter.future.done():
-            return
-        residency = self._planner.residency
-        leased = ", ".join(sorted(key.name or str(key) for key in residency.leases)[:8])
-        waiter.future.set_exception(
-            LeaseTimeoutError(
-                f"{waiter.key} was not ready within {timeout_s:g} s: {len(residency.leases)} of "
-                f"{self._limits.slots} slots are leased ({leased or 'none'}), "
-                f"{len(residency.pins.gpu)} pinned, {self._planner.in_flight} loads under way",
-                key=waiter.key,
-            )
-        )
-
-    def _give_back(self, ticket: int, waiter: _Waiter) -> None:
-        """Undo a grant that nobody waits for any more."""
-        if waiter.want in (Want.PIN_GPU, Want.PIN_HOST):
-            self._perform(self._planner.unpin(waiter.key, self._now()))
-        else:
-            self._perform(self._planner.release(ticket, self._now()))
-
-    # ------------------------------------------------------------------ carrying out
-
-    def _perform(self, actions: list[Action]) -> None:
-        for action in actions:
-            if isinstance(action, Start):
-                self._launch(action.transition)
-            elif waiter := self._waiters.pop(action.ticket, None):
-                if waiter.future.done():
-                    if isinstance(action, Granted):
-                        self._give_back(action.ticket, waiter)
-                elif isinstance(action, Granted):
-                    waiter.future.set_result(action.served_from)
-                else:
-                    waiter.future.set_exception(action.error)
-        if len(self._planner.waiting):
-            self._arm()
-
-    def _launch(self, move: Transition) -> None:
-        if self._held_back is not None:
-            self._held_back.append(move)
-            return
-        name = f"lora-cache-{move.op}"
-        task = asyncio.get_running_loop().create_task(self._carry_out(move), name=name)
-        self._transitions.add(task)
-        task.add_done_callback(self._transitions.discard)
-
-    async def _carry_out(self, move: Transition) -> None:
-        started = self._now()
-        try:
-            await self._apply(move)
-        except TransitionFailedError as failure:
-            actions = self._planner.failed(
-                move.op,
-                failure.error,
-                self._now(),
-                demoted=failure.demoted,
-                dropped=failure.dropped,
-            )
-            if isinstance(failure.error, EngineDeadError):
-                self._refuse_all(failure.error)
-        else:
-            cost_s = self._now() - started
-            self._load_s += cost_s
-            actions = self._planner.completed(move.op, cost_s, self._now())
-        self._perform(actions)
-
-    async def _apply(self, move: Transition) -> None:
-        adapter = None if move.load is None else self._catalog[move.load]
-        changed = AdapterChangedError(
-            f"the files of {move.load} have changed: try again", key=move.load
-        )
-        if adapter is not None and not adapter.is_unchanged():
-            raise TransitionFailedError(changed)
-        try:
-            await self._engine.apply(move, adapter)
-            if adapter is not None and not adapter.is_unchanged():
-                # The engine may have read a mixture: it must not answer under this key.
-                await self._engine.apply(Transition(move.op, drop=(adapter.key,)), None)
-                raise TransitionFailedError(changed, demoted=move.demote, dropped=move.drop)
-        except TransitionFailedError:
-            raise
-        except Exception as error:
-            # An engine that breaks its contract must not leave callers waiting for ever.
-            logger.exception("the engine failed in an unexpected way")
-            raise TransitionFailedError(EngineError(f"the engine failed: {error}")) from error
-
-    def _arm(self) -> None:
-        """Have the planner looked at again when somebody will have waited too long."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        deadline = self._planner.next_deadline(self._now())
-        if deadline is not None:
-            self._timer = self._require_clock().call_at(deadline, self._tick)
-
-    def _tick(self) -> None:
-        self._timer = None
-        self._perform(self._planner.tick(self._now()))
-
-    def _refuse_all(self, error: LoraCacheError) -> None:
-        """From now on everything is refused; whoever waits is told so."""
-        self._refusal = error
-        waiters, self._waiters = self._waiters, {}
-        for ticket, waiter in waiters.items():
-            if not waiter.future.done():
-                waiter.future.set_exception(again(error))
-            self._perform(self._planner.cancel(ticket, self._now()))
+        nbytes = adapter.nbytes * self._engine.capabilities.tensor_parallel
+        return await self._driver.acquire(adapter, nbytes, want, timeout_s)
 
     # ------------------------------------------------------------------ small things
 
     def _accept(self, adapter: Adapter) -> None:
         """Refuse what this engine cannot serve, before anything is set in motion for it."""
-        rank, limit = adapter.manifest.rank, self._capabilities.max_rank
+        rank, limit = adapter.manifest.rank, self._engine.capabilities.max_rank
         if rank > limit:
             raise UnsupportedAdapterError(
                 f"{adapter.path} has rank {rank} and the engine serves up to {limit}: start vLLM "
@@ -485,20 +293,8 @@ class AsyncLoraCache:
             )
 
     async def _resolve(self, adapter: AdapterLike) -> Adapter:
-        self._require_open()
+        self._driver.require_open()
         return await self._catalog.resolve(_as_ref(adapter))
-
-    def _require_open(self) -> None:
-        if self._refusal is not None:
-            raise again(self._refusal)
-
-    def _require_clock(self) -> Clock:
-        if self._clock is None:
-            raise CacheClosedError("the cache was never opened")
-        return self._clock
-
-    def _now(self) -> float:
-        return self._require_clock().now()
 
 
 def _as_ref(adapter: AdapterLike) -> AdapterRef:

@@ -205,15 +205,15 @@ class TestEndings:
             async with world(slots=1, engine={"load_s": 5.0}) as w:
                 task = asyncio.ensure_future(w.ask("a"))
                 await settle()
-                perform = w.cache._perform
+                perform = w.cache._driver._perform
 
                 def perform_then_cancel(actions: Any) -> None:
                     perform(actions)  # the grant is set ...
                     task.cancel()  # ... and the caller is cancelled before it can see it
 
-                w.cache._perform = perform_then_cancel  # type: ignore[method-assign]
+                w.cache._driver._perform = perform_then_cancel  # type: ignore[method-assign]
                 await w.clock.advance(6.0)
-                w.cache._perform = perform  # type: ignore[method-assign]
+                w.cache._driver._perform = perform  # type: ignore[method-assign]
                 assert task.cancelled()
                 assert not w.engine.uses
                 other = asyncio.ensure_future(w.ask("b"))

@@ -104,13 +104,13 @@ def test_random_traffic_never_disagrees(
             async with AsyncLoraCache(
                 llm, policy=policy, drain_after_s=0.05, publish=False
             ) as cache:
-                apply = cache._apply
+                apply = cache._driver._apply
 
                 async def checked(move: Any) -> None:
                     await apply(move)
                     asyncio.get_running_loop().call_soon(assert_agrees, cache, inside)
 
-                cache._apply = checked  # type: ignore[method-assign]
+                cache._driver._apply = checked  # type: ignore[method-assign]
                 failures: list[Any] = []
                 asyncio.get_running_loop().set_exception_handler(
                     lambda _, context: failures.append(context)

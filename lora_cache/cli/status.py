@@ -1,0 +1,85 @@
+"""``lora-cache status``: the caches that run on this machine, and who is where in them."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from lora_cache.cli.output import (
+    human_bytes,
+    human_seconds,
+    make_console,
+    print_json,
+    table,
+)
+from lora_cache.status import read_status
+
+_COLUMNS = ("tier", ">slot", "adapter", ">rank", "state", ">leases", ">waiting", "pinned", ">since")
+
+
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")] = False,
+) -> None:
+    """Show every cache that runs on this machine: slots, host memory, counts."""
+    caches = read_status()
+    if as_json:
+        print_json(caches)
+    elif caches:
+        console = make_console()
+        for index, cache in enumerate(caches):
+            console.print(*([""] if index else []), _show(cache), sep="\n")
+    else:
+        typer.echo("no cache is running on this machine")
+
+
+def _show(cache: dict[str, Any]) -> RenderableType:
+    snapshot, now = cache["snapshot"], time.time()
+    # `since_s` was true when the file was written; it is written only when something changes.
+    aged = now - cache["updated_at"]
+    title = Text(f"pid {cache['pid']}", style="bold").append(
+        f"  {cache['engine']} engine, policy {snapshot['policy']}, "
+        f"for {human_seconds(now - cache['started_at'])}",
+        style="not bold",
+    )
+    resident = table(_COLUMNS, (_row(adapter, aged) for adapter in snapshot["adapters"]))
+    body = (resident if snapshot["adapters"] else Text("nothing is resident yet"), *_lines(cache))
+    return Group(title, Padding(Group(*body), (0, 0, 0, 2)))
+
+
+def _row(adapter: dict[str, Any], aged: float) -> tuple[str, ...]:
+    return (
+        adapter["tier"],
+        "" if adapter["slot"] is None else str(adapter["slot"]),
+        adapter["name"] or adapter["key"],
+        str(adapter["rank"]),
+        adapter["gpu"] or adapter["host"] or "wanted",
+        str(adapter["leases"]),
+        str(adapter["waiting"]),
+        adapter["pinned"] or "",
+        human_seconds(adapter["since_s"] + aged) if adapter["gpu"] or adapter["host"] else "",
+    )
+
+
+def _lines(cache: dict[str, Any]) -> tuple[Text, Text]:
+    stats, snapshot = cache["stats"], cache["snapshot"]
+    in_slots = sum(adapter["gpu"] is not None for adapter in snapshot["adapters"])
+    in_host = sum(adapter["host"] is not None for adapter in snapshot["adapters"])
+    budget = snapshot["host_bytes_max"]
+    return (
+        Text(
+            f"slots {in_slots}/{snapshot['slots']}, host memory {in_host}/"
+            f"{snapshot['host_entries']} adapters, {human_bytes(snapshot['host_bytes'])}"
+            + (f" of {human_bytes(budget)}" if budget else "")
+        ),
+        Text(
+            f"{stats['requests']} requests: {stats['slot_hits']} slot hits, "
+            f"{stats['host_hits']} host hits, {stats['disk_hits']} disk hits; "
+            f"{stats['evictions']} evictions, {stats['load_failures']} failed loads, "
+            f"drift {stats['drift']}"
+        ),
+    )

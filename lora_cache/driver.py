@@ -1,0 +1,298 @@
+"""The planner's hands: carries out what the planner decides, and wakes who waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+from lora_cache.adapter import Adapter, AdapterKey
+from lora_cache.clock import Clock, LoopClock, Timer
+from lora_cache.engines import Engine, TransitionFailedError
+from lora_cache.errors import (
+    AdapterChangedError,
+    CacheClosedError,
+    EngineDeadError,
+    EngineError,
+    LeaseTimeoutError,
+    LoraCacheError,
+)
+from lora_cache.planner import Action, Granted, Planner, Start, Transition, Want
+from lora_cache.planner.failures import again
+from lora_cache.state import Tier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiter:
+    """A caller that waits for its ticket; `want` is None for an unload."""
+
+    future: asyncio.Future[Tier]
+    key: AdapterKey
+    want: Want | None
+
+
+class Driver:
+    """Feeds a planner with events, and its engine with the planner's transitions.
+
+    One event loop.  Whoever waits may be cancelled at any time: that ends its wait, never a
+    transition, which others may be waiting for.
+
+    Args:
+        adapter_of: the adapter to load for a key.
+        clock: None for the event loop's own.
+
+    Attributes:
+        load_s: seconds that the engine spent on transitions that succeeded.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        engine: Engine,
+        adapter_of: Callable[[AdapterKey], Adapter],
+        clock: Clock | None,
+    ) -> None:
+        self._planner = planner
+        self._engine = engine
+        self._adapter_of = adapter_of
+        self._clock = clock
+        self._tickets = count(1)
+        self._waiters: dict[int, _Waiter] = {}
+        self._held_back: list[Transition] | None = None  # while `reconcile` wants quiet
+        self._transitions: set[asyncio.Task[None]] = set()
+        self._timer: Timer | None = None
+        self._refusal: LoraCacheError | None = CacheClosedError(
+            "the cache is not open: use it inside `async with AsyncLoraCache(...)`"
+        )
+        self.load_s = 0.0
+
+    # ------------------------------------------------------------------ open, close
+
+    @property
+    def is_closed(self) -> bool:
+        return isinstance(self._refusal, CacheClosedError)
+
+    async def open(self) -> None:
+        """Take the engine over and begin."""
+        if self._clock is None:
+            self._clock = LoopClock()
+        await self._engine.attach()
+        self._refusal = None
+
+    def refuse(self, error: LoraCacheError) -> None:
+        """From now on everything is refused; whoever waits is told so."""
+        self._refusal = error
+        waiters, self._waiters = self._waiters, {}
+        for ticket, waiter in waiters.items():
+            if not waiter.future.done():
+                waiter.future.set_exception(again(error))
+            self._perform(self._planner.cancel(ticket, self.now()))
+
+    async def close(self) -> None:
+        """Let transitions end, and give the engine back."""
+        while self._transitions:
+            await asyncio.wait(self._transitions)
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._engine.detach()
+
+    def require_open(self) -> None:
+        """Raise what everybody is refused with, if they are."""
+        if self._refusal is not None:
+            raise again(self._refusal)
+
+    def now(self) -> float:
+        """Seconds on the cache's clock."""
+        return self._require_clock().now()
+
+    # ------------------------------------------------------------------ events
+
+    async def acquire(
+        self, adapter: Adapter, nbytes: int, want: Want, timeout_s: float | None
+    ) -> tuple[int, Tier]:
+        """Get what `want` says, or raise.  Returns the ticket and the tier it was found in."""
+        self.require_open()
+        ticket, key = next(self._tickets), adapter.key
+        actions = self._planner.acquire(ticket, key, nbytes, self.now(), want)
+        served_from = await self._wait(ticket, actions, key, want, timeout_s)
+        if want is Want.LEASE:
+            self._engine.begin_use(key)
+        return ticket, served_from
+
+    def release(self, ticket: int, key: AdapterKey) -> None:
+        """End the lease that `ticket` was granted."""
+        self._engine.end_use(key)
+        self._perform(self._planner.release(ticket, self.now()))
+
+    def unpin(self, key: AdapterKey) -> None:
+        self._perform(self._planner.unpin(key, self.now()))
+
+    async def unload(self, key: AdapterKey, timeout_s: float | None) -> None:
+        """Drain and drop `key`; returns when it is gone."""
+        self.require_open()
+        ticket = next(self._tickets)
+        actions = self._planner.unload(ticket, key, self.now())
+        await self._wait(ticket, actions, key, None, timeout_s)
+
+    async def reconcile(self) -> int:
+        """Compare with what the engine holds, and repair; returns how many copies were off."""
+        self.require_open()
+        if self._held_back is not None:
+            raise LoraCacheError("a reconcile is under way already")
+        self._held_back = []
+        before = self._planner.counters.drift
+        actions: list[Action] = []
+        try:
+            while self._transitions:
+                await asyncio.wait(self._transitions)
+            holdings = await self._engine.holdings()
+            actions = self._planner.reconcile(holdings, self.now())
+        finally:
+            held, self._held_back = self._held_back, None
+            for move in held:
+                self._launch(move)
+            self._perform(actions)
+        return self._planner.counters.drift - before
+
+    # ------------------------------------------------------------------ waiting
+
+    async def _wait(
+        self,
+        ticket: int,
+        actions: list[Action],
+        key: AdapterKey,
+        want: Want | None,
+        timeout_s: float | None,
+    ) -> Tier:
+        """Carry out `actions`, and wait until `ticket` is granted or refused."""
+        if len(actions) == 1 and isinstance(actions[0], Granted):  # the hot path: no future
+            return actions[0].served_from
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), key, want)
+        self._waiters[ticket] = waiter
+        self._perform(actions)
+        timer = None
+        if timeout_s is not None:
+            timer = self._require_clock().call_at(
+                self.now() + timeout_s, lambda: self._time_out(waiter, timeout_s)
+            )
+        try:
+            return await waiter.future
+        except BaseException:
+            if self._waiters.pop(ticket, None) is not None:
+                self._perform(self._planner.cancel(ticket, self.now()))
+            elif not waiter.future.cancelled() and waiter.future.exception() is None:
+                # Granted in the very moment in which the caller was cancelled.
+                self._give_back(ticket, waiter)
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    def _time_out(self, waiter: _Waiter, timeout_s: float) -> None:
+        if waiter.future.done():
+            return
+        residency = self._planner.residency
+        leased = ", ".join(sorted(key.name or str(key) for key in residency.leases)[:8])
+        waiter.future.set_exception(
+            LeaseTimeoutError(
+                f"{waiter.key} was not ready within {timeout_s:g} s: {len(residency.leases)} of "
+                f"{self._planner.limits.slots} slots are leased ({leased or 'none'}), "
+                f"{len(residency.pins.gpu)} pinned, {self._planner.in_flight} loads under way",
+                key=waiter.key,
+            )
+        )
+
+    def _give_back(self, ticket: int, waiter: _Waiter) -> None:
+        """Undo a grant that nobody waits for any more."""
+        if waiter.want in (Want.PIN_GPU, Want.PIN_HOST):
+            self._perform(self._planner.unpin(waiter.key, self.now()))
+        else:
+            self._perform(self._planner.release(ticket, self.now()))
+
+    # ------------------------------------------------------------------ carrying out
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Start):
+                self._launch(action.transition)
+            elif waiter := self._waiters.pop(action.ticket, None):
+                if waiter.future.done():
+                    if isinstance(action, Granted):
+                        self._give_back(action.ticket, waiter)
+                elif isinstance(action, Granted):
+                    waiter.future.set_result(action.served_from)
+                else:
+                    waiter.future.set_exception(action.error)
+        if len(self._planner.waiting):
+            self._arm()
+
+    def _launch(self, move: Transition) -> None:
+        if self._held_back is not None:
+            self._held_back.append(move)
+            return
+        name = f"lora-cache-{move.op}"
+        task = asyncio.get_running_loop().create_task(self._carry_out(move), name=name)
+        self._transitions.add(task)
+        task.add_done_callback(self._transitions.discard)
+
+    async def _carry_out(self, move: Transition) -> None:
+        started = self.now()
+        try:
+            await self._apply(move)
+        except TransitionFailedError as failure:
+            actions = self._planner.failed(
+                move.op,
+                failure.error,
+                self.now(),
+                demoted=failure.demoted,
+                dropped=failure.dropped,
+            )
+            if isinstance(failure.error, EngineDeadError):
+                self.refuse(failure.error)
+        else:
+            cost_s = self.now() - started
+            self.load_s += cost_s
+            actions = self._planner.completed(move.op, cost_s, self.now())
+        self._perform(actions)
+
+    async def _apply(self, move: Transition) -> None:
+        adapter = None if move.load is None else self._adapter_of(move.load)
+        changed = AdapterChangedError(
+            f"the files of {move.load} have changed: try again", key=move.load
+        )
+        if adapter is not None and not adapter.is_unchanged():
+            raise TransitionFailedError(changed)
+        try:
+            await self._engine.apply(move, adapter)
+            if adapter is not None and not adapter.is_unchanged():
+                # The engine may have read a mixture: it must not answer under this key.
+                await self._engine.apply(Transition(move.op, drop=(adapter.key,)), None)
+                raise TransitionFailedError(changed, demoted=move.demote, dropped=move.drop)
+        except TransitionFailedError:
+            raise
+        except Exception as error:
+            # An engine that breaks its contract must not leave callers waiting for ever.
+            logger.exception("the engine failed in an unexpected way")
+            raise TransitionFailedError(EngineError(f"the engine failed: {error}")) from error
+
+    def _arm(self) -> None:
+        """Have the planner looked at again when somebody will have waited too long."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._planner.next_deadline(self.now())
+        if deadline is not None:
+            self._timer = self._require_clock().call_at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._perform(self._planner.tick(self.now()))
+
+    def _require_clock(self) -> Clock:
+        if self._clock is None:
+            raise CacheClosedError("the cache was never opened")
+        return self._clock

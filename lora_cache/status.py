@@ -1,0 +1,185 @@
+"""What a running cache tells other processes of this machine, for ``lora-cache status``.
+
+Each cache keeps one small JSON file while it is open.  A file instead of a socket: reading it
+costs the serving process nothing, and a reader cannot make it wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import time
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_cache._version import __version__
+
+if TYPE_CHECKING:
+    from lora_cache.cache import AsyncLoraCache
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"^(\d+)-\d+\.json(\.tmp)?$")
+_numbers = count(1)  # a process may have several caches
+
+
+def status_dir() -> Path:
+    """Where the files lie: ``$LORA_CACHE_STATUS_DIR``, or else the user's runtime directory."""
+    base = os.environ.get("LORA_CACHE_STATUS_DIR") or os.environ.get("XDG_RUNTIME_DIR")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "lora-cache"
+
+
+class StatusFile:
+    """Publishes the state of one cache, at most once in `period_s`, and only what has changed.
+
+    A disk that is full or read-only must not disturb serving: the first failure is logged, and
+    ends it.
+    """
+
+    def __init__(self, cache: AsyncLoraCache, *, period_s: float = 1.0) -> None:
+        self._cache = cache
+        self._period_s = period_s
+        self._pid = os.getpid()
+        self._started_at = time.time()
+        self._process_start = _process_start(self._pid)
+        self.path = status_dir() / f"{self._pid}-{next(_numbers)}.json"
+        self._closing = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin; needs a running event loop."""
+        self._task = asyncio.get_running_loop().create_task(
+            self._publish(), name="lora-cache-status"
+        )
+
+    async def close(self) -> None:
+        """Stop, and remove the file.  Idempotent."""
+        self._closing.set()
+        if self._task is not None:
+            # Not cancelled: a write may be under way in a thread, and would outlive the removal.
+            await asyncio.wait([self._task])
+        self._remove()
+
+    async def __aenter__(self) -> StatusFile:
+        self.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def _publish(self) -> None:
+        published: object = None
+        try:
+            while not await self._closed_within(self._period_s):
+                stats, snapshot = self._cache.stats().to_dict(), self._cache.snapshot().to_dict()
+                state = (stats, _timeless(snapshot))
+                if state != published:
+                    text = json.dumps(self._record(stats, snapshot))
+                    await asyncio.to_thread(_write, self.path, text)
+                    published = state
+        except Exception as error:
+            logger.warning("lora-cache status will not show this cache: %s", error)
+            self._remove()  # better no state than an old one
+
+    async def _closed_within(self, seconds: float) -> bool:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._closing.wait(), seconds)
+        return self._closing.is_set()
+
+    def _record(self, stats: dict[str, Any], snapshot: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "pid": self._pid,
+            "process_start": self._process_start,
+            "started_at": self._started_at,
+            "updated_at": time.time(),
+            "version": __version__,
+            "engine": snapshot["engine"],
+            "stats": stats,
+            "snapshot": snapshot,
+        }
+
+    def _remove(self) -> None:
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def read_status() -> list[dict[str, Any]]:
+    """The caches that run on this machine under this user, oldest first.
+
+    Files that were left behind by processes that have died are removed.
+    """
+    found = []
+    with suppress(FileNotFoundError):
+        for path in sorted(status_dir().iterdir()):
+            name = _NAME.match(path.name)
+            if name is None:
+                continue
+            if not _is_alive(int(name[1])):
+                _discard(path)
+            elif name[2] is None and (record := _read(path)) is not None:
+                if record.get("process_start") == _process_start(int(name[1])):
+                    found.append(record)
+                else:  # the process has died, and another one has its pid
+                    _discard(path)
+    return sorted(found, key=lambda record: (record["started_at"], record["pid"]))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.tmp")
+    # Readers see the old file or the new one, never half a file.
+    with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    os.replace(scratch, path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The record in `path`; None if it went away meanwhile, or was written by something else."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    expected = {"pid": int, "started_at": float, "updated_at": float, "stats": dict}
+    expected |= {"snapshot": dict, "engine": str}
+    if not isinstance(record, dict):
+        return None
+    whole = all(isinstance(record.get(name), kind) for name, kind in expected.items())
+    return record if whole else None
+
+
+def _discard(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def _timeless(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """`snapshot` without what changes by merely waiting."""
+    adapters = [{**adapter, "since_s": 0.0} for adapter in snapshot["adapters"]]
+    return {**snapshot, "adapters": adapters}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _process_start(pid: int) -> int | None:
+    """When `pid` was started, in the kernel's ticks: tells a process from a later one of its pid.
+
+    None where the kernel does not say.
+    """
+    try:
+        # The name in parentheses may contain anything, parentheses too.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
