@@ -3,6 +3,8 @@
 Importing this package imports neither torch nor vLLM.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from lora_cache._version import __version__
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.cache import AsyncLoraCache
@@ -13,7 +15,11 @@ from lora_cache.manifest import Manifest, read_manifest
 from lora_cache.state import CopyState, Tier
 from lora_cache.views import AdapterStatus, Snapshot, Stats
 
+if TYPE_CHECKING:
+    from lora_cache.llm import LLM
+
 __all__ = [
+    "LLM",
     "Adapter",
     "AdapterKey",
     "AdapterRef",
@@ -30,3 +36,18 @@ __all__ = [
     "__version__",
     "read_manifest",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`LLM` is a subclass of vLLM's: only who asks for it imports vLLM."""
+    if name == "LLM":
+        try:
+            from lora_cache.llm import LLM
+        except ImportError as error:
+            from lora_cache.errors import MissingExtraError
+
+            raise MissingExtraError(
+                "lora_cache.LLM needs vLLM: pip install 'lora-cache[vllm]'"
+            ) from error
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_cache.sources.base import Source
+from lora_cache.sources.hub import HubSource
 from lora_cache.sources.local import LocalSource
 
-__all__ = ["LocalSource", "Source"]
+__all__ = ["HubSource", "LocalSource", "Source"]

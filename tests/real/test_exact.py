@@ -76,9 +76,7 @@ def test_tokens_equal_peft_s(chat_model: Path) -> None:
         max_model_len=256,
     )
     llm = LLM(**arguments)
-    params = SamplingParams(
-        temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, detokenize=False
-    )
+    params = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, detokenize=False)
 
     async def main() -> dict[str, Any]:
         answers = {}
