@@ -16,10 +16,9 @@ from lora_cache.state import CopyState, Tier
 from lora_cache.views import AdapterStatus, Snapshot, Stats
 
 if TYPE_CHECKING:
-    from lora_cache.llm import LLM
+    from lora_cache.llm import LLM as LLM
 
 __all__ = [
-    "LLM",
     "Adapter",
     "AdapterKey",
     "AdapterRef",

@@ -15,6 +15,15 @@ _REVISION = re.compile(r"^[A-Za-z0-9][\w./-]{0,254}$", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
+def _is_path(text: str) -> bool:
+    """No control characters, and nothing that the file system cannot encode."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return not _CONTROL.search(text)
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterKey:
     """The immutable identity of one adapter: two keys are equal if and only if the content is.
@@ -53,7 +62,7 @@ class AdapterRef:
             InvalidAdapterError: the path is empty or contains control characters.
         """
         text = os.fspath(path)
-        if not text or _CONTROL.search(text):
+        if not text or not _is_path(text):
             raise InvalidAdapterError(f"{text!r} is not a usable path: give an adapter directory")
         return cls("local", os.path.abspath(os.path.expanduser(text)))
 
@@ -64,9 +73,9 @@ class AdapterRef:
         Raises:
             InvalidAdapterError: `repo_id` or `revision` is not of the Hub's form.
         """
-        if not _HUB_ID.match(repo_id) or ".." in repo_id:
+        if not _HUB_ID.fullmatch(repo_id) or ".." in repo_id:
             raise InvalidAdapterError(f"{repo_id!r} is not a Hub repository: write org/name")
-        if revision is not None and (not _REVISION.match(revision) or ".." in revision):
+        if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
             raise InvalidAdapterError(
                 f"{revision!r} is not a revision: give a branch, tag or commit"
             )
@@ -79,19 +88,25 @@ class AdapterRef:
         A path that exists, or that starts like one (``/``, ``./``, ``../``, ``~``), is a local
         directory; ``org/name`` and ``org/name@revision`` are the Hub.
 
+        Whether something lies there is found out when the ref is resolved.
+
         Raises:
-            InvalidAdapterError: it is neither.
-            AdapterNotFoundError: it looks like a path, and nothing is there.
+            InvalidAdapterError: it is malformed.
+            AdapterNotFoundError: it is neither of these forms, nor a directory here.
         """
         raw = os.fspath(text)
         if isinstance(text, os.PathLike) or raw.startswith(("/", "./", "../", "~")):
             return cls.local(raw)
-        if raw and not _CONTROL.search(raw) and os.path.isdir(raw):
+        if _is_path(raw) and os.path.isdir(raw):
             return cls.local(raw)
         repo_id, at, revision = raw.partition("@")
-        if _HUB_ID.match(repo_id):
+        if _HUB_ID.fullmatch(repo_id):
+            if at and not revision:
+                raise InvalidAdapterError(
+                    f"{raw!r} names no revision: give a branch, tag or commit after the @, or leave it out"
+                )
             return cls.hub(repo_id, revision if at else None)
-        if _CONTROL.search(raw) or not raw:
+        if not raw or not _is_path(raw):
             raise InvalidAdapterError(f"{raw!r} is neither a path nor org/name[@revision]")
         raise AdapterNotFoundError(
             f"{raw!r} is neither a directory here nor of the form org/name[@revision]"

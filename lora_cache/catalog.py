@@ -35,8 +35,12 @@ class Catalog:
         return len(self._by_ref)
 
     def __getitem__(self, key: AdapterKey) -> Adapter:
-        """The adapter to load for `key`."""
-        return self._by_key[key]
+        """The adapter to load for `key`: from wherever its content still is."""
+        adapter = self._by_key[key]
+        if not adapter.is_unchanged():
+            same = (a for a in self._by_ref.values() if a.key == key and a.is_unchanged())
+            adapter = self._by_key[key] = next(same, adapter)
+        return adapter
 
     def get(self, key: AdapterKey) -> Adapter | None:
         return self._by_key.get(key)
@@ -61,6 +65,7 @@ class Catalog:
             AdapterError: it is missing, malformed, or cannot be served by this engine.
         """
         if (adapter := self.current(ref)) is not None:
+            self._register(adapter)
             return adapter
         future = self._resolving.get(ref)
         if future is None:
@@ -79,12 +84,18 @@ class Catalog:
         adapter = await asyncio.to_thread(source.resolve, ref)
         self._accept(adapter)
         self._by_ref[ref] = adapter
-        # The same content in two places is one adapter, read from the first place that still
-        # has it: vLLM's prefix cache tells adapters apart by their path, too.
+        self._register(adapter)
+        return adapter
+
+    def _register(self, adapter: Adapter) -> None:
+        """Have `adapter` loaded for its key, unless the same content is known elsewhere.
+
+        vLLM's prefix cache tells adapters apart by their path, too, so the first place that had
+        the content is kept for as long as it has it.
+        """
         first = self._by_key.get(adapter.key)
         if first is None or not first.is_unchanged():
             self._by_key[adapter.key] = adapter
-        return adapter
 
     def _resolved(self, ref: AdapterRef, done: asyncio.Future[Adapter]) -> None:
         del self._resolving[ref]

@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -30,19 +30,56 @@ _MAX_CONFIG_BYTES = 4 << 20
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
 
 
+Rank = Annotated[int, Field(gt=0, le=65536)]
+
+#: Initialisations after which an adapter is a plain LoRA (vLLM 0.32, `lora/peft_helper.py`).
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
 class _PeftConfig(BaseModel):
     """The part of PEFT's `adapter_config.json` that decides how weights are read."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     peft_type: str = "LORA"
-    r: int = Field(gt=0, le=65536)
+    r: Rank
     lora_alpha: float = Field(allow_inf_nan=False)
     target_modules: list[str] | str | None = None
     base_model_name_or_path: str | None = None
     use_rslora: bool = False
-    use_dora: bool = False
-    rank_pattern: dict[str, int] | None = None
+    rank_pattern: dict[str, Rank] | None = None
+
+    # What changes the meaning of the weights, and vLLM does not implement.
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    bias: str | None = None
+    modules_to_save: list[str] | None = None
+    layer_replication: Any = None
+    alora_invocation_tokens: Any = None
+    use_qalora: bool | None = None
+    use_bdlora: Any = None
+    init_lora_weights: bool | str | None = None
+
+    def unsupported(self) -> str | None:
+        """What vLLM would refuse, in words, or None."""
+        if self.peft_type.upper() != "LORA":
+            return f"peft_type is {self.peft_type!r}; only LORA adapters can be served"
+        if self.use_dora:
+            return "vLLM does not serve DoRA; merge it, or train with use_dora=False"
+        if self.lora_bias or self.bias not in (None, "none"):
+            return "vLLM does not serve biases; train with bias='none' and lora_bias=False"
+        if unknown := set(self.modules_to_save or ()) - {"classifier", "score"}:
+            return f"modules_to_save {sorted(unknown)} are whole layers, not LoRA; merge them"
+        for name in ("layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora"):
+            if getattr(self, name):
+                return f"vLLM does not serve adapters trained with {name}"
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+            return (
+                f"init_lora_weights={init!r} changes the base model's weights; convert it with "
+                "peft's path_initial_model_for_weight_conversion"
+            )
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +117,8 @@ def read_manifest(directory: Path) -> Manifest:
         UnsupportedAdapterError: it is not a LoRA, or of a kind that vLLM refuses (DoRA).
     """
     config = _read_config(directory)
-    if config.peft_type.upper() != "LORA":
-        raise UnsupportedAdapterError(
-            f"{directory}: peft_type is {config.peft_type!r}; only LORA adapters can be served"
-        )
-    if config.use_dora:
-        raise UnsupportedAdapterError(
-            f"{directory}: vLLM does not serve DoRA; merge it into the base model, or train "
-            "with use_dora=False"
-        )
+    if reason := config.unsupported():
+        raise UnsupportedAdapterError(f"{directory}: {reason}")
     shapes = _read_header(directory)
     dtypes = sorted({dtype for dtype, _ in shapes.values()})
     unknown = [dtype for dtype in dtypes if dtype not in _ITEM_BYTES]
@@ -96,12 +126,24 @@ def read_manifest(directory: Path) -> Manifest:
         raise UnsupportedAdapterError(
             f"{directory}: weights of dtype {', '.join(unknown)}; save them as bfloat16"
         )
+    targets = _target_modules(shapes)
+    if not targets:
+        raise InvalidAdapterError(
+            f"{directory / WEIGHTS_FILE} holds no LoRA weights (no lora_A, lora_B): give an "
+            "adapter as peft's save_pretrained writes it"
+        )
     rank = max([config.r, *(config.rank_pattern or {}).values()])
+    for name, (_, shape) in shapes.items():
+        if ".lora_A." in name and (len(shape) != 2 or shape[0] > rank):
+            raise InvalidAdapterError(
+                f"{directory / WEIGHTS_FILE}: {name} has shape {shape}, and {CONFIG_FILE} says "
+                f"rank {rank}: the two files do not belong together"
+            )
     return Manifest(
         rank=rank,
         alpha=config.lora_alpha,
         scaling=config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r),
-        target_modules=_target_modules(shapes),
+        target_modules=targets,
         dtypes=tuple(dtypes),
         base_model=config.base_model_name_or_path,
         nbytes=sum(_ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in shapes.values()),
@@ -125,10 +167,15 @@ def read_stamp(directory: Path) -> Stamp:
 def _read_config(directory: Path) -> _PeftConfig:
     path = directory / CONFIG_FILE
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise InvalidAdapterError(f"{path} is larger than any adapter's configuration")
-        raw: Any = json.loads(path.read_bytes())
-        return _PeftConfig.model_validate(raw)
+        if not path.is_file() and path.exists():
+            raise InvalidAdapterError(f"{path} is not a regular file: copy the adapter again")
+        with open(path, "rb") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+        if len(text) > _MAX_CONFIG_BYTES:
+            raise InvalidAdapterError(
+                f"{path} is larger than any adapter's configuration: copy the adapter again"
+            )
+        return _PeftConfig.model_validate(json.loads(text))
     except (FileNotFoundError, NotADirectoryError) as error:
         what = f"has no {CONFIG_FILE}" if directory.is_dir() else "is not a directory"
         raise AdapterNotFoundError(
@@ -154,7 +201,10 @@ def _read_header(directory: Path) -> dict[str, tuple[str, list[int]]]:
                 "where you trust it: safetensors.torch.save_file(torch.load(path, "
                 f"weights_only=True), '{WEIGHTS_FILE}')"
             )
-        raise AdapterNotFoundError(f"{directory} has no {WEIGHTS_FILE}")
+        raise AdapterNotFoundError(
+            f"{directory} has no {WEIGHTS_FILE}: give the directory that peft's save_pretrained "
+            "wrote"
+        )
     try:
         with safe_open(os.fspath(path), framework="np") as file:
             views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -164,7 +214,7 @@ def _read_header(directory: Path) -> dict[str, tuple[str, list[int]]]:
             f"{path} is not a whole safetensors file ({error}): copy it again"
         ) from error
     if not shapes:
-        raise InvalidAdapterError(f"{path} holds no tensors")
+        raise InvalidAdapterError(f"{path} holds no tensors: save the adapter again")
     return shapes
 
 

@@ -109,15 +109,18 @@ class StockEngine:
         victim = move.demote[0] if move.demote and self._mirror.is_full else None
         touch = self._mirror.older_than(victim) if victim else []
         sent = self._mirror.event()
-        *_, outcome = await asyncio.gather(
+        outcomes = await asyncio.gather(
             *(self._client.add_lora(self._requests[key]) for key in touch),
             self._client.add_lora(request),
             return_exceptions=True,
         )
-        for key in touch:
-            self._mirror.touched(key, sent)
-        if isinstance(outcome, BaseException):
-            await self._roll_forward(adapter.key, victim, outcome)
+        for key, touched in zip(touch, outcomes, strict=False):
+            if not isinstance(touched, BaseException):
+                self._mirror.touched(key, sent)
+        # The newcomer's own failure explains most; a touch that failed spoils the order, too.
+        for outcome in reversed(outcomes):
+            if isinstance(outcome, BaseException):
+                await self._roll_forward(adapter.key, victim, outcome)
         self._mirror.activated(adapter.key, victim, sent)
 
     async def _roll_forward(

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
-from lora_cache.errors import AdapterChangedError, InvalidAdapterError
+from lora_cache.errors import AdapterChangedError, AdapterNotFoundError, InvalidAdapterError
 from lora_cache.manifest import FILES, Stamp, read_manifest, read_stamp
 
 # A file that was written a moment ago can be written again without its times changing (their
@@ -30,16 +30,22 @@ class LocalSource:
 
     def resolve(self, ref: AdapterRef) -> Adapter:
         directory = Path(os.path.realpath(ref.location))
-        manifest = read_manifest(directory)
-        stamp = read_stamp(directory)
-        digest = self._digests.get(stamp) or self._read_digest(directory, stamp)
+        stamp = _stamp_or_none(directory)
+        manifest = read_manifest(directory)  # says best what is wrong, if something is missing
+        if stamp is None:
+            raise AdapterChangedError(f"{directory} is being written: try again")
+        digest = self._digests.get(stamp) or self._read_digest(directory)
+        if read_stamp(directory) != stamp:
+            raise AdapterChangedError(f"{directory} was written to while it was read: try again")
+        self._remember(stamp, digest)
         name = os.path.basename(ref.location) or directory.name
         return Adapter(AdapterKey(f"sha256:{digest}", name), directory, manifest, stamp)
 
     def is_current(self, ref: AdapterRef, adapter: Adapter) -> bool:
-        return adapter.is_unchanged()
+        # By the name that was given: a link may lead elsewhere by now.
+        return _stamp_or_none(Path(ref.location)) == adapter.stamp
 
-    def _read_digest(self, directory: Path, stamp: Stamp) -> str:
+    def _read_digest(self, directory: Path) -> str:
         digest = hashlib.sha256()
         try:
             for name in FILES:
@@ -47,11 +53,18 @@ class LocalSource:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise InvalidAdapterError(f"{directory} cannot be read: {error.strerror}") from error
-        if read_stamp(directory) != stamp:
-            raise AdapterChangedError(f"{directory} was written to while it was read: try again")
+        return digest.hexdigest()
+
+    def _remember(self, stamp: Stamp, digest: str) -> None:
         newest = max(ns for file in stamp for ns in file[3:])
         if time.time_ns() - newest > _SETTLED_AFTER_NS:
             if len(self._digests) >= _MAX_REMEMBERED:
                 self._digests.clear()
-            self._digests[stamp] = digest.hexdigest()
-        return digest.hexdigest()
+            self._digests[stamp] = digest
+
+
+def _stamp_or_none(directory: Path) -> Stamp | None:
+    try:
+        return read_stamp(directory)
+    except AdapterNotFoundError:
+        return None

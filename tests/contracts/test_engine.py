@@ -70,23 +70,6 @@ def _real_bench(target: Any, runner: asyncio.Runner, directories: list[Path], tm
     )
 
 
-@pytest.fixture(scope="session")
-def async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
-    """One `AsyncLLM` (always a process of its own), and the loop it lives on."""
-    from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from tests.real.engines import engine_arguments
-
-    async def start() -> Any:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(tiny_model)))
-
-    with asyncio.Runner() as runner:
-        llm = runner.run(start())
-        yield llm, runner
-        llm.shutdown()
-
-
 @pytest.fixture(
     params=[
         "fake",

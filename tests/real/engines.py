@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,21 @@ def llm(tiny_model: Path) -> Any:
     from vllm import LLM
 
     return LLM(**engine_arguments(tiny_model))
+
+
+@pytest.fixture(scope="session")
+def async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """One `AsyncLLM` (always a process of its own), and the loop it lives on."""
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def start() -> Any:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(tiny_model)))
+
+    with asyncio.Runner() as runner:
+        llm = runner.run(start())
+        yield llm, runner
+        llm.shutdown()
 
 
 class Inside:

@@ -12,11 +12,15 @@ import pytest
 
 from lora_cache import AsyncLoraCache, CopyState, Tier
 from lora_cache.errors import (
+    AdapterNotFoundError,
     ConfigError,
     EngineError,
+    InvalidAdapterError,
     LeaseTimeoutError,
     LoadFailedError,
+    LoraCacheError,
     PinnedError,
+    UnsupportedAdapterError,
 )
 from lora_cache.policies import LFU, LRU, Policy
 from lora_cache.testing import RandomPolicy
@@ -181,6 +185,48 @@ def test_under_lru_no_touch_is_needed(llm: Any, adapters: list[Path]) -> None:
 
 
 class TestFailures:
+    @pytest.mark.parametrize("what", ["missing", "malformed", "truncated", "rank", "timeout"])
+    def test_one_clear_error_and_nothing_else_changes(
+        self, llm: Any, adapters: list[Path], tmp_path: Path, what: str
+    ) -> None:
+        bad = tmp_path / "bad"
+        timeout_s: float | None = None
+        error: type[LoraCacheError] = InvalidAdapterError
+        if what == "missing":
+            error = AdapterNotFoundError
+        elif what == "rank":
+            write_adapter(bad, rank=32)
+            error = UnsupportedAdapterError
+        elif what == "timeout":
+            write_adapter(bad)
+            timeout_s, error = 0.05, LeaseTimeoutError
+        else:
+            file = "adapter_config.json" if what == "malformed" else "adapter_model.safetensors"
+            whole = (write_adapter(bad) / file).read_bytes()
+            (bad / file).write_bytes(whole[:-20])
+
+        async def main() -> None:
+            with Inside(llm) as inside:
+                async with (
+                    AsyncLoraCache(llm, publish=False) as cache,
+                    cache.lease(adapters[0]),
+                    cache.lease(adapters[1]),
+                    cache.lease(adapters[2]),
+                ):
+                    before = (inside.slots(), inside.host(), len(inside.loads))
+                    with pytest.raises(error, match="bad"):
+                        async for _ in cache.generate(
+                            prompt(0), greedy(), bad, timeout_s=timeout_s
+                        ):
+                            pass
+                    assert (inside.slots(), inside.host(), len(inside.loads)) == before
+                    assert sum(row.leases for row in cache.snapshot().adapters) == 3
+                    assert cache.snapshot().waiting == 0
+                    assert await ask(cache, adapters[1])
+                    assert await cache.reconcile() == 0
+
+        asyncio.run(main())
+
     def test_a_crash_of_vllm_s_load_costs_nobody_anything(
         self, llm: Any, adapters: list[Path], tmp_path: Path
     ) -> None:

@@ -1,0 +1,189 @@
+"""Offline batches over many adapters: `lora_cache.LLM` beside plain `vllm.LLM`.
+
+    python -m benchmarks.bench_offline [--model DIR] [--adapters DIR] [--json FILE]
+
+The same prompts with the same adapters in the same order, on two engines started alike in one
+process, turn by turn; each turn starts without adapters in the engine.  Plain vLLM gets a list of
+LoRARequests, which its scheduler groups by itself.  Without arguments: the demo's chat model and
+six adapters, twice over (twelve distinct adapters, six distinct contents).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_cache.demo.catalogue import ADAPTERS, PROMPTS, adapter_dir
+
+Row = dict[str, Any]
+
+
+def demo_adapters(root: Path) -> list[Path]:
+    """Twelve directories of distinct content: each of the six twice, once renamed inside."""
+    made = []
+    for copy in range(2):
+        for name in ADAPTERS:
+            target = root / f"{name}-{copy}"
+            shutil.copytree(adapter_dir(name), target)
+            config = json.loads((target / "adapter_config.json").read_text())
+            config["lora_alpha"] = config["lora_alpha"] * (1 + copy)
+            (target / "adapter_config.json").write_text(json.dumps(config))
+            made.append(target)
+    return made
+
+
+def tokens_of(outputs: list[Any]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+class Loads:
+    """Counts activations inside an in-process engine, and empties it."""
+
+    def __init__(self, llm: Any) -> None:
+        executor = llm.llm_engine.engine_core.engine_core.model_executor
+        self._worker = executor.driver_worker.worker.model_runner.lora_manager
+        self._manager = self._worker._adapter_manager
+        self._activate = self._manager.activate_adapter
+        self.activations = 0
+        self._manager.activate_adapter = self._counted
+
+    def _counted(self, lora_id: int) -> bool:
+        fresh: bool = self._activate(lora_id)
+        self.activations += fresh
+        return fresh
+
+    def clear(self) -> None:
+        self._manager.remove_all_adapters()
+        self.activations = 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--adapters", type=Path, help="directory of adapter directories")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--max-loras", type=int, action="append")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm
+    from vllm.lora.request import LoRARequest
+
+    from lora_cache import LLM
+    from lora_cache.demo.model import prepare_model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.adapters:
+            adapters = sorted(
+                path.parent for path in options.adapters.glob("*/adapter_config.json")
+            )
+        else:
+            adapters = demo_adapters(Path(scratch))
+        model = str(options.model or prepare_model())
+        rng = random.Random(options.seed)
+        which = [rng.randrange(len(adapters)) for _ in range(options.prompts)]
+        prompts = [rng.choice(PROMPTS) for _ in which]
+        params = vllm.SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
+        requests = [LoRARequest(f"plain-{i}", i + 1, str(path)) for i, path in enumerate(adapters)]
+
+        rows: list[Row] = []
+        for max_loras in options.max_loras or [2, 4]:
+            arguments = {
+                "enforce_eager": True,
+                "max_model_len": 256,
+                "kv_cache_memory_bytes": 256 << 20,
+                "dtype": options.dtype,
+                "max_loras": max_loras,
+                "max_cpu_loras": len(adapters) + 1,
+                "max_lora_rank": 16,
+                "enable_lora": True,
+                "enable_prefix_caching": False,
+            }
+            plain, ours = vllm.LLM(model, **arguments), LLM(model, **arguments)
+            engines = {"vllm.LLM": plain, "lora_cache.LLM": ours}
+            loads = {name: Loads(engine) for name, engine in engines.items()}
+            seconds: dict[str, list[float]] = {name: [] for name in engines}
+            activations: dict[str, list[int]] = {name: [] for name in engines}
+            answers: dict[str, Any] = {}
+            for turn in range(options.turns + 1):  # the first one warms up and is not counted
+                for name, engine in engines.items():
+                    chosen: list[Any] = [requests[i] for i in which]
+                    if name == "lora_cache.LLM":
+                        chosen = [str(adapters[i]) for i in which]
+                        for path in adapters:
+                            ours.unload(path)
+                        loads[name].activations = 0
+                    else:
+                        loads[name].clear()
+                    began = time.perf_counter()
+                    outputs = engine.generate(prompts, params, lora_request=chosen, use_tqdm=False)
+                    if turn:
+                        seconds[name].append(time.perf_counter() - began)
+                        activations[name].append(loads[name].activations)
+                    answers[name] = tokens_of(outputs)
+            for name in engines:
+                rows.append(
+                    {
+                        "engine": name,
+                        "max_loras": max_loras,
+                        "seconds": [round(value, 3) for value in seconds[name]],
+                        "median_s": round(statistics.median(seconds[name]), 3),
+                        "activations": activations[name],
+                        "same_answers": sum(
+                            a == b for a, b in zip(answers[name], answers["vllm.LLM"], strict=True)
+                        ),
+                    }
+                )
+            del engines, plain, ours, loads
+
+    table = Table(title=f"{options.prompts} prompts over {len(adapters)} adapters")
+    for column in ("engine", "max_loras", "median s", "ratio", "activations", "same answers"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for row in rows:
+        base = next(r for r in rows if r["max_loras"] == row["max_loras"])
+        table.add_row(
+            row["engine"],
+            str(row["max_loras"]),
+            f"{row['median_s']:.2f}",
+            f"{row['median_s'] / base['median_s']:.2f}",
+            f"{max(row['activations'])}",
+            f"{row['same_answers']} of {options.prompts}",
+        )
+    Console().print(table)
+    if options.json:
+        raw = {
+            "command": "python -m benchmarks.bench_offline " + " ".join(sys.argv[1:]),
+            "seed": options.seed,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "vllm": vllm.__version__,
+            "torch": version("torch"),
+            "lora_cache": version("lora-cache"),
+            "rows": rows,
+        }
+        options.json.write_text(json.dumps(raw, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
