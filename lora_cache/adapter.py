@@ -103,7 +103,7 @@ class AdapterRef:
         if _HUB_ID.fullmatch(repo_id):
             if at and not revision:
                 raise InvalidAdapterError(
-                    f"{raw!r} names no revision: give a branch, tag or commit after the @, or leave it out"
+                    f"{raw!r} names no revision: give a branch, tag or commit after the @"
                 )
             return cls.hub(repo_id, revision if at else None)
         if not raw or not _is_path(raw):

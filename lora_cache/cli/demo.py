@@ -14,11 +14,13 @@ from lora_cache.cli.output import print_json
 if TYPE_CHECKING:
     from lora_cache.demo.run import Progress
 
+_SEED = 67  # shows slot hits, host hits and disk hits, several of each
+
 
 def demo(
     requests: Annotated[int, typer.Option(min=1, max=10_000, help="How many requests.")] = 24,
     policy: Annotated[str, typer.Option(help="Who leaves a slot: lru, lfu, …")] = "lru",
-    seed: Annotated[int, typer.Option(help="Which adapters are asked, in which order.")] = 11,
+    seed: Annotated[int, typer.Option(help="Which adapters are asked, in which order.")] = _SEED,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     svg: Annotated[Path | None, typer.Option(hidden=True, help="Draw the last screen.")] = None,
 ) -> None:

@@ -48,7 +48,7 @@ def _show(cache: dict[str, Any]) -> RenderableType:
     )
     resident = table(_COLUMNS, (_row(adapter, aged) for adapter in snapshot["adapters"]))
     body = (resident if snapshot["adapters"] else Text("nothing is resident yet"), *_lines(cache))
-    return Group(title, Padding(Group(*body), (0, 0, 0, 2)))
+    return Group(title, Padding(Group(*body), (0, 0, 0, 2), expand=False))
 
 
 def _row(adapter: dict[str, Any], aged: float) -> tuple[str, ...]:
@@ -67,7 +67,7 @@ def _row(adapter: dict[str, Any], aged: float) -> tuple[str, ...]:
 
 def _lines(cache: dict[str, Any]) -> tuple[Text, Text]:
     stats, snapshot = cache["stats"], cache["snapshot"]
-    in_slots = sum(adapter["gpu"] is not None for adapter in snapshot["adapters"])
+    in_slots = sum(adapter["slot"] is not None for adapter in snapshot["adapters"])
     in_host = sum(adapter["host"] is not None for adapter in snapshot["adapters"])
     budget = snapshot["host_bytes_max"]
     return (

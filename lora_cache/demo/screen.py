@@ -77,14 +77,16 @@ def counts(progress: Progress, stats: Stats) -> RenderableType:
 
 def conversation(exchanges: Sequence[Exchange]) -> RenderableType:
     """Requests as they come in, the base model's answer beside the adapter's."""
-    made = _table("adapter", "found in", "question", "answer", "base model")
+    made = _table("adapter", "from", "question", "answer", "the base model's answer")
+    for column, ratio in zip(made.columns, (9, 6, 22, 44, 24), strict=True):
+        column.ratio, column.no_wrap = ratio, True  # one line each: the screen must not jump
     for exchange in exchanges:
         made.add_row(
             _name(exchange.adapter),
             _found(exchange.found),
-            _short(exchange.prompt, 24),
-            _short(exchange.text + ("" if exchange.finished else "…"), 42),
-            _short(exchange.base_text, 30),
+            _line(exchange.prompt),
+            _line(exchange.text + ("" if exchange.finished else " …")),
+            _line(exchange.base_text, style="dim"),
         )
     return made
 
@@ -92,16 +94,16 @@ def conversation(exchanges: Sequence[Exchange]) -> RenderableType:
 def answers(exchanges: Sequence[Exchange]) -> RenderableType:
     """One answer of each adapter, with what the adapter was trained for."""
     made = _table("adapter", "question", "its answer", "the base model's answer", leading=1)
-    for column, ratio in zip(made.columns, (22, 18, 40, 30), strict=True):
+    for column, ratio in zip(made.columns, (26, 18, 38, 28), strict=True):
         column.ratio = ratio
     for name, recipe in ADAPTERS.items():
         shown = next((e for e in exchanges if e.adapter == name and e.finished), None)
         if shown is not None:
             made.add_row(
-                _name(name).append(f"\n{recipe.headline}", style="not bold dim"),
+                Text.assemble(_name(name), (f"\n{recipe.headline}", "dim")),
                 Text(shown.prompt),
                 _short(shown.text, 150),
-                _short(shown.base_text, 78, style="dim"),
+                _short(shown.base_text, 70, style="dim"),
             )
     return made
 
@@ -130,7 +132,7 @@ def summary(progress: Progress, stats: Stats) -> RenderableType:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim")
     grid.add_row(f"{stats.requests} requests", found)
-    grid.add_row("mean wait", waits.append("mostly for a slot to come free"))
+    grid.add_row("mean wait", waits.append("for a slot, and for the load"))
     grid.add_row("moves", moves)
     grid.add_row("time", end)
     return _panel(f"vLLM {progress.vllm}, stock engine, policy {progress.policy}", grid, 4)
@@ -301,6 +303,10 @@ def _table(*columns: str, leading: int = 0) -> Table:
     for name in columns:
         made.add_column(name)
     return made
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(" ".join(text.split()), style=style, overflow="ellipsis")
 
 
 def _short(text: str, length: int, style: str = "") -> Text:
