@@ -38,8 +38,8 @@ _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# One thread is nearly as fast as all of them for a model this small, and does not collapse when
-# another process needs a core: OpenMP's threads spin while they wait for each other.
+# More threads help a model this small only while the machine is idle; when another process needs a
+# core, they cost minutes: OpenMP's threads spin while they wait for each other.
 _DEFAULTS = {"OMP_NUM_THREADS": "1"}
 
 
@@ -140,7 +140,7 @@ def run(view: View, *, requests: int, policy: str, seed: int) -> Progress:
             "the demo needs vLLM, which is not installed: pip install 'lora-cache[demo]'"
         )
     started = time.perf_counter()
-    view.stage("starting vLLM on this machine's CPU (20 s or so; the first time, a minute)")
+    view.stage("starting vLLM on this machine's CPU (half a minute; the first time, a whole one)")
     llm, version = _start_engine()
     view.stage(f"asking the base model {len(PROMPTS)} questions, for comparison")
     chat = {prompt: _chat(llm, prompt) for prompt in PROMPTS}
