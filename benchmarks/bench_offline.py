@@ -107,6 +107,7 @@ def main() -> int:
         requests = [LoRARequest(f"plain-{i}", i + 1, str(path)) for i, path in enumerate(adapters)]
 
         rows: list[Row] = []
+        alive: list[Any] = []  # in-process engines share groups: collecting one ends the others
         for max_loras in options.max_loras or [2, 4]:
             arguments = {
                 "enforce_eager": True,
@@ -120,6 +121,7 @@ def main() -> int:
                 "enable_prefix_caching": False,
             }
             plain, ours = vllm.LLM(model, **arguments), LLM(model, **arguments)
+            alive += [plain, ours]
             engines = {"vllm.LLM": plain, "lora_cache.LLM": ours}
             loads = {name: Loads(engine) for name, engine in engines.items()}
             seconds: dict[str, list[float]] = {name: [] for name in engines}
@@ -154,7 +156,6 @@ def main() -> int:
                         ),
                     }
                 )
-            del engines, plain, ours, loads
 
     table = Table(title=f"{options.prompts} prompts over {len(adapters)} adapters")
     for column in ("engine", "max_loras", "median s", "ratio", "activations", "same answers"):

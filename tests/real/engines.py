@@ -24,6 +24,10 @@ os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 MAX_LORAS, MAX_CPU_LORAS, MAX_RANK = 3, 7, 16
 
+#: In-process engines share vLLM's process groups: the first one that is collected takes the others
+#: with it.  So all of them live as long as the tests.
+ALIVE: list[Any] = []
+
 TARGETS = [
     ("q_proj", "v_proj"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -78,7 +82,8 @@ def llm(tiny_model: Path) -> Any:
     """One in-process `vllm.LLM` for all tests."""
     from vllm import LLM
 
-    return LLM(**engine_arguments(tiny_model))
+    ALIVE.append(LLM(**engine_arguments(tiny_model)))
+    return ALIVE[-1]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 from lora_cache import AsyncLoraCache
 from lora_cache.demo.catalogue import adapter_dir
 from lora_cache.demo.model import prepare_model
-from tests.real.engines import engine_arguments
+from tests.real.engines import ALIVE, engine_arguments
 
 pytestmark = pytest.mark.vllm
 
@@ -76,6 +76,7 @@ def test_tokens_equal_peft_s(chat_model: Path) -> None:
         max_model_len=256,
     )
     llm = LLM(**arguments)
+    ALIVE.append(llm)
     params = SamplingParams(temperature=0, max_tokens=TOKENS, min_tokens=TOKENS, detokenize=False)
 
     async def main() -> dict[str, Any]:

@@ -14,7 +14,7 @@ import pytest
 
 from lora_cache import AdapterRef
 from lora_cache.errors import AdapterNotFoundError, ConfigError, LoraCacheError
-from tests.real.engines import engine_arguments
+from tests.real.engines import ALIVE, engine_arguments
 from tests.real.parts import write_adapter
 
 pytestmark = pytest.mark.vllm
@@ -43,7 +43,8 @@ def ours(tiny_model: Path) -> Any:
     from lora_cache import LLM
 
     arguments = engine_arguments(tiny_model, max_loras=2, max_cpu_loras=14)
-    return LLM(arguments.pop("model"), **arguments)
+    ALIVE.append(LLM(arguments.pop("model"), **arguments))
+    return ALIVE[-1]
 
 
 def test_64_prompts_over_12_adapters_answer_as_plain_runs(
