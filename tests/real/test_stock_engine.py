@@ -198,7 +198,7 @@ class TestFailures:
             write_adapter(bad, rank=32)
             error = UnsupportedAdapterError
         elif what == "timeout":
-            write_adapter(bad)
+            write_adapter(bad, seed=99)  # the content of none of the others
             timeout_s, error = 0.05, LeaseTimeoutError
         else:
             file = "adapter_config.json" if what == "malformed" else "adapter_model.safetensors"
