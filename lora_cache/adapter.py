@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cache.errors import AdapterNotFoundError, InvalidAdapterError
+from lora_cache.key import AdapterKey
 from lora_cache.manifest import Manifest, Stamp, read_stamp
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
@@ -22,22 +23,6 @@ def _is_path(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return not _CONTROL.search(text)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterKey:
-    """The immutable identity of one adapter: two keys are equal if and only if the content is.
-
-    Attributes:
-        digest: what decides equality, e.g. ``"sha256:9f2c…"`` for a local directory.
-        name: a short name for people; not part of the identity.
-    """
-
-    digest: str
-    name: str = field(default="", compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.name}@{self.digest.rpartition(':')[2][:12]}" if self.name else self.digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,3 +126,6 @@ class Adapter:
             return not self.stamp or read_stamp(self.path) == self.stamp
         except AdapterNotFoundError:
             return False
+
+
+__all__ = ["Adapter", "AdapterKey", "AdapterRef"]

@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lora_cache.adapter import AdapterKey
+    from lora_cache.key import AdapterKey
     from lora_cache.state import Tier
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from lora_cache.adapter import AdapterKey
+from lora_cache.key import AdapterKey
 
 
 class Tier(StrEnum):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lora_cache.adapter import AdapterKey
+from lora_cache.key import AdapterKey
 
 
 @dataclass(slots=True)

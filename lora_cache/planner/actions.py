@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from lora_cache.adapter import AdapterKey
 from lora_cache.errors import LoraCacheError
+from lora_cache.key import AdapterKey
 from lora_cache.state import Tier
 
 
@@ -156,3 +156,12 @@ class Counters:
     load_failures: int = 0
     drains: int = 0
     drift: int = 0
+
+    def count_hit(self, served_from: Tier) -> None:
+        """A lease was granted on an adapter that was found in `served_from`."""
+        if served_from is Tier.GPU:
+            self.slot_hits += 1
+        elif served_from is Tier.HOST:
+            self.host_hits += 1
+        else:
+            self.disk_hits += 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from copy import copy
 from dataclasses import dataclass
 
-from lora_cache.adapter import AdapterKey
 from lora_cache.errors import LoadFailedError, LoraCacheError
+from lora_cache.key import AdapterKey
 
 _MANY = 1024
 

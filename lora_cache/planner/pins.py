@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lora_cache.adapter import AdapterKey
 from lora_cache.errors import PinnedError
+from lora_cache.key import AdapterKey
 from lora_cache.planner.actions import Limits, Want
 from lora_cache.planner.waiting import Ticket
 from lora_cache.state import Tier

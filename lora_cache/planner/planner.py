@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from lora_cache.adapter import AdapterKey
-from lora_cache.errors import LoraCacheError, NoRoomError, PinnedError, UnsupportedAdapterError
+from lora_cache.errors import LoraCacheError, NoRoomError, PinnedError
+from lora_cache.key import AdapterKey
 from lora_cache.planner.actions import (
     Action,
     Counters,
@@ -29,6 +29,7 @@ from lora_cache.planner.actions import (
     Want,
 )
 from lora_cache.planner.failures import Failures, again
+from lora_cache.planner.invariants import check_invariants
 from lora_cache.planner.residency import Residency
 from lora_cache.planner.waiting import Demand, Ticket, WaitingLine
 from lora_cache.policies import Policy, RemovalReason
@@ -79,7 +80,7 @@ class Planner:
         if want is Want.LEASE and self.residency.gpu.is_ready(key):  # the hot path
             self._held[ticket] = key
             self.residency.add_lease(key, now)
-            self.counters.slot_hits += 1
+            self.counters.count_hit(Tier.GPU)
             return [Granted(ticket, Tier.GPU)]
         request = Ticket(ticket, key, nbytes, want, now)
         if error := self._refusal(request, now):
@@ -249,22 +250,13 @@ class Planner:
 
     def check(self) -> None:
         """Assert every invariant that one state can show (tests call this after each event)."""
-        repairs = {demand.key for demand in self.waiting if demand.repair}
-        self.residency.check(self.limits, repairs | self._loading.keys())
-        in_use = self.residency.leases.keys() | self.residency.pins.gpu
-        protected = in_use | self.residency.pins.host
-        tally: dict[AdapterKey, int] = {}
-        for key in self._held.values():
-            tally[key] = tally.get(key, 0) + 1
-        assert tally == self.residency.leases, "a lease leaked"
-        for flight in self._flights.values():
-            assert not in_use & set(flight.move.demote), "invariant 1"
-            assert not protected & set(flight.move.drop), "invariant 1"
-        for demand in self.waiting:
-            assert demand.repair or demand.tickets, "an empty demand"
-            assert not self.residency.gpu.is_ready(demand.key), "a waiter was forgotten"
-        numbers = {t for d in self.waiting for t in d.tickets}
-        assert numbers == self._queued.keys(), "a ticket was lost"
+        check_invariants(
+            self.residency,
+            self.waiting,
+            held=self._held,
+            queued=self._queued.keys(),
+            moves=[flight.move for flight in self._flights.values()],
+        )
 
     # ------------------------------------------------------------------ granting, refusing
 
@@ -272,12 +264,7 @@ class Planner:
         if request.want is Want.LEASE:
             self._held[request.number] = request.key
             self.residency.add_lease(request.key, now)
-            if served_from is Tier.GPU:
-                self.counters.slot_hits += 1
-            elif served_from is Tier.HOST:
-                self.counters.host_hits += 1
-            else:
-                self.counters.disk_hits += 1
+            self.counters.count_hit(served_from)
         self.residency.pins.establish(request.number)
         self._actions.append(Granted(request.number, served_from))
 
@@ -298,22 +285,7 @@ class Planner:
         return (
             self._failures.standing(request.key, now)
             or self.residency.pins.refusal(request.key, request.want)
-            or self._too_large(request.key, request.nbytes)
-        )
-
-    def _too_large(self, key: AdapterKey, nbytes: int) -> LoraCacheError | None:
-        budget = self.limits.host_bytes
-        if budget is None or key in self.residency.host:
-            return None
-        pinned = sum(c.nbytes for c in self.residency.host if c.key in self.residency.pins)
-        if nbytes + pinned <= budget:
-            return None
-        beside = f" beside {pinned} bytes that are pinned" if pinned else ""
-        return UnsupportedAdapterError(
-            f"{key} needs {nbytes} bytes of host memory and the budget is {budget}{beside}: "
-            "raise host_bytes",
-            key=key,
-            tier=Tier.HOST,
+            or self.residency.too_large(request.key, request.nbytes)
         )
 
     def _refuse(self, request: Ticket, error: LoraCacheError) -> None:
@@ -341,7 +313,7 @@ class Planner:
             needs_slot = self._needs_slot(demand)
             if needs_slot and key in self.residency.gpu and slots_left:
                 self._undrain(key, now)  # set aside for an older waiter; now its own turn came
-            elif not demand.repair and (error := self._too_large(key, demand.nbytes)):
+            elif not demand.repair and (error := self.residency.too_large(key, demand.nbytes)):
                 self._abandon(demand, error)
             elif self._is_busy:
                 break  # decided when the engine has finished

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from lora_cache.adapter import AdapterKey
+from lora_cache.errors import UnsupportedAdapterError
+from lora_cache.key import AdapterKey
 from lora_cache.planner.actions import Limits, Transition
 from lora_cache.planner.pins import Pins
 from lora_cache.planner.tiers import TierTable
@@ -130,6 +131,22 @@ class Residency:
 
         return may_leave
 
+    def too_large(self, key: AdapterKey, nbytes: int) -> UnsupportedAdapterError | None:
+        """Why `key` can never be brought in, whoever leaves, if that is so."""
+        budget = self.host.max_bytes
+        if budget is None or key in self.host:
+            return None
+        pinned = sum(copy.nbytes for copy in self.host if copy.key in self.pins)
+        if nbytes + pinned <= budget:
+            return None
+        beside = f" beside {pinned} bytes that are pinned" if pinned else ""
+        return UnsupportedAdapterError(
+            f"{key} needs {nbytes} bytes of host memory and the budget is {budget}{beside}: "
+            "raise host_bytes",
+            key=key,
+            tier=Tier.HOST,
+        )
+
     # ------------------------------------------------------------------ transitions
 
     def begin(self, move: Transition, nbytes: int, now: float) -> None:
@@ -154,14 +171,3 @@ class Residency:
         """The transition failed, but for what is `gone` from slots and `dropped` from host."""
         self.gpu.abort(op, gone | dropped, now)
         self.host.abort(op, dropped, now)
-
-    def check(self, limits: Limits, lost: set[AdapterKey]) -> None:
-        """Assert the invariants that one state can show (tests)."""
-        self.gpu.check()
-        self.host.check()
-        used = self.leases.keys() | self.pins.gpu
-        assert len(used) <= limits.slots, "invariant 2"
-        assert len(self.pins.gpu) <= max(0, limits.slots - 1), "invariant 2"
-        assert all(key in self.gpu for key in used - lost), "invariant 1"
-        assert all(key in self.host for key in self.pins.host - lost), "invariant 1"
-        assert all(slot.key in self.host for slot in self.gpu), "slots ⊆ host"

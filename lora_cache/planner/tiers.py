@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from lora_cache.adapter import AdapterKey
+from lora_cache.key import AdapterKey
 from lora_cache.policies import Policy, RemovalReason
 from lora_cache.state import Copy, CopyState, Tier
 

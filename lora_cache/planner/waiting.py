@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from lora_cache.adapter import AdapterKey
+from lora_cache.key import AdapterKey
 from lora_cache.planner.actions import Want
 from lora_cache.state import Tier
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
-from lora_cache.adapter import AdapterKey
+from lora_cache.key import AdapterKey
 
 
 class RemovalReason(StrEnum):

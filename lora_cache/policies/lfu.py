@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from itertools import count
 
-from lora_cache.adapter import AdapterKey
 from lora_cache.errors import ConfigError
+from lora_cache.key import AdapterKey
 from lora_cache.policies.base import RemovalReason
 
 

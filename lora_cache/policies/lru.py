@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from lora_cache.adapter import AdapterKey
+from lora_cache.key import AdapterKey
 from lora_cache.policies.base import RemovalReason
 
 
