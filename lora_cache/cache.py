@@ -179,8 +179,9 @@ class AsyncLoraCache:
             there was no room that nobody needs (the stock engine cannot stage without an idle
             slot).
         """
+        wanted = _tier(tier, Tier.DISK, Tier.HOST)
         found = await self._resolve(adapter)
-        if Tier(tier) is not Tier.DISK:
+        if wanted is Tier.HOST:
             with suppress(NoRoomError):
                 await self._acquire(found, Want.STAGE, None)
         return self._planner.residency.found_in(found.key)
@@ -214,7 +215,8 @@ class AsyncLoraCache:
         Raises:
             PinnedError: one slot (and one host entry) must stay unpinned.
         """
-        want = Want.PIN_GPU if Tier(tier) is Tier.GPU else Want.PIN_HOST
+        gpu = _tier(tier, Tier.GPU, Tier.HOST) is Tier.GPU
+        want = Want.PIN_GPU if gpu else Want.PIN_HOST
         await self._acquire(await self._resolve(adapter), want, timeout_s)
 
     async def unpin(self, adapter: AdapterLike) -> None:
@@ -284,7 +286,8 @@ class AsyncLoraCache:
 
     def _accept(self, adapter: Adapter) -> None:
         """Refuse what this engine cannot serve, before anything is set in motion for it."""
-        rank, limit = adapter.manifest.rank, self._engine.capabilities.max_rank
+        engine = self._engine.capabilities
+        rank, limit = adapter.manifest.rank, engine.max_rank
         if rank > limit:
             raise UnsupportedAdapterError(
                 f"{adapter.path} has rank {rank} and the engine serves up to {limit}: start vLLM "
@@ -292,9 +295,26 @@ class AsyncLoraCache:
                 key=adapter.key,
             )
 
+        for module, *widths in adapter.manifest.widths:
+            expected = engine.widths.get(module)
+            if expected is not None and expected != tuple(widths):
+                raise UnsupportedAdapterError(
+                    f"{adapter.path} does not fit this base model: its {module} is "
+                    f"{widths[0]} → {widths[1]}, the model's is {expected[0]} → {expected[1]}; it "
+                    f"was trained for {adapter.manifest.base_model or 'another model'}",
+                    key=adapter.key,
+                )
+
     async def _resolve(self, adapter: AdapterLike) -> Adapter:
         self._driver.require_open()
         return await self._catalog.resolve(_as_ref(adapter))
+
+
+def _tier(tier: Tier | str, *allowed: Tier) -> Tier:
+    for known in allowed:
+        if tier == known:
+            return known
+    raise ConfigError(f"tier={str(tier)!r}: choose one of {', '.join(allowed)}")
 
 
 def _as_ref(adapter: AdapterLike) -> AdapterRef:

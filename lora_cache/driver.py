@@ -181,7 +181,7 @@ class Driver:
             )
         try:
             return await waiter.future
-        except BaseException:
+        except BaseException:  # above all CancelledError: this caller waits no longer
             if self._waiters.pop(ticket, None) is not None:
                 self._perform(self._planner.cancel(ticket, self.now()))
             elif not waiter.future.cancelled() and waiter.future.exception() is None:

@@ -92,6 +92,8 @@ class Manifest:
         scaling: what ``B·A`` is multiplied by: alpha / rank, or alpha / √rank with rsLoRA
             (Kalajdzievski 2023, arXiv:2312.03732).
         target_modules: module names that carry weights, sorted, e.g. ``("q_proj", "v_proj")``.
+        widths: input and output width of each kind of module, sorted and distinct, e.g.
+            ``(("q_proj", 4096, 4096), ("v_proj", 4096, 1024))``: what the base model must have.
         dtypes: safetensors dtypes of the weights, sorted, e.g. ``("BF16",)``.
         base_model: the model that it was trained on, if it says so.
         nbytes: bytes of all its tensors.
@@ -102,6 +104,7 @@ class Manifest:
     alpha: float
     scaling: float
     target_modules: tuple[str, ...]
+    widths: tuple[tuple[str, int, int], ...]
     dtypes: tuple[str, ...]
     base_model: str | None
     nbytes: int
@@ -144,6 +147,7 @@ def read_manifest(directory: Path) -> Manifest:
         alpha=config.lora_alpha,
         scaling=config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r),
         target_modules=targets,
+        widths=_widths(shapes),
         dtypes=tuple(dtypes),
         base_model=config.base_model_name_or_path,
         nbytes=sum(_ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in shapes.values()),
@@ -226,4 +230,15 @@ def _target_modules(names: dict[str, Any]) -> tuple[str, ...]:
         for i, part in enumerate(parts)
         if i and part.startswith("lora_")
     }
+    return tuple(sorted(found))
+
+
+def _widths(shapes: dict[str, tuple[str, list[int]]]) -> tuple[tuple[str, int, int], ...]:
+    """`A` is (rank, in) and `B` is (out, rank), for linear layers; other kinds are left out."""
+    found = set()
+    for name, (_, a) in shapes.items():
+        if name.endswith(".lora_A.weight"):
+            _, b = shapes.get(name.replace(".lora_A.", ".lora_B."), ("", []))
+            if len(a) == 2 and len(b) == 2:
+                found.add((name.split(".")[-3], a[1], b[0]))
     return tuple(sorted(found))

@@ -417,6 +417,16 @@ class TestSettings:
         cache = AsyncLoraCache(FakeEngine(), host_bytes="2GiB")
         assert cache.config.host_bytes == 2 << 30
 
+    def test_a_tier_that_is_none(self) -> None:
+        async def main() -> None:
+            async with world() as w:
+                with pytest.raises(ConfigError, match="tier='gpu': choose one of disk, host"):
+                    await w.cache.prefetch(ref("a"), tier="gpu")
+                with pytest.raises(ConfigError, match="tier='disk': choose one of gpu, host"):
+                    await w.cache.pin(ref("a"), tier="disk")
+
+        run(main())
+
     def test_one_manager_an_engine(self) -> None:
         async def main() -> None:
             async with world() as w:

@@ -27,7 +27,7 @@ from lora_cache.sources import LocalSource
 from tests.real.parts import write_adapter
 
 ANY = AdapterKey("slow:any")
-FACTS = Manifest(4, 8.0, 2.0, ("q_proj",), ("BF16",), None, 1 << 20, 4)
+FACTS = Manifest(4, 8.0, 2.0, ("q_proj",), (), ("BF16",), None, 1 << 20, 4)
 
 
 def ref(name: str) -> AdapterRef:

@@ -95,6 +95,7 @@ def test_facts_of_a_plain_adapter(tmp_path: Path) -> None:
         alpha=8.0,
         scaling=2.0,
         target_modules=("down_proj", "q_proj", "v_proj"),
+        widths=(("down_proj", 256, 128), ("q_proj", 128, 128), ("v_proj", 128, 128)),
         dtypes=("F32",),
         base_model="tiny",
         nbytes=sum(tensor.nbytes for tensor in stored.values()),

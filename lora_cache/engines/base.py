@@ -7,7 +7,7 @@ into what its requests need.  Nothing outside `lora_cache.engines` knows vLLM.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lora_cache.adapter import Adapter, AdapterKey
@@ -28,6 +28,8 @@ class Capabilities:
         stages_without_slot: it can bring an adapter into host memory without using a slot.
         max_in_flight: transitions that it works on at a time, or None for no limit.
         tensor_parallel: copies of each adapter in host memory (one a rank).
+        widths: input and output width of the base model's linear layers, by module name, as far
+            as they are known.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Capabilities:
     stages_without_slot: bool = True
     max_in_flight: int | None = None
     tensor_parallel: int = 1
+    widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class TransitionFailedError(Exception):

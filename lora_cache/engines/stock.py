@@ -24,6 +24,7 @@ from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.engines.base import Capabilities, TransitionFailedError
 from lora_cache.engines.recency import SlotMirror
 from lora_cache.engines.vllm_client import VllmClient, connect
+from lora_cache.engines.widths import widths_of
 from lora_cache.errors import ConfigError, EngineDeadError, LoadFailedError, LoraCacheError
 from lora_cache.planner import Holdings, Transition
 from lora_cache.state import Tier
@@ -251,4 +252,5 @@ def _read_capabilities(config: Any) -> Capabilities:
         stages_without_slot=False,
         max_in_flight=1,
         tensor_parallel=int(parallel.tensor_parallel_size),
+        widths=widths_of(config.model_config),
     )

@@ -36,6 +36,7 @@ class FakeSource:
             alpha=16.0,
             scaling=16.0 / (rank or self._rank),
             target_modules=("q_proj", "v_proj"),
+            widths=(),
             dtypes=("BF16",),
             base_model=None,
             nbytes=self._nbytes if nbytes is None else nbytes,

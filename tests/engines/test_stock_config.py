@@ -27,7 +27,7 @@ class Target:
             vllm_config=SimpleNamespace(
                 lora_config=SimpleNamespace(**settings) if lora != {} else None,
                 parallel_config=SimpleNamespace(**topology),
-                model_config=SimpleNamespace(enable_sleep_mode=sleep),
+                model_config=SimpleNamespace(enable_sleep_mode=sleep, architectures=["Other"]),
             )
         )
 

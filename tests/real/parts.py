@@ -78,13 +78,17 @@ def write_adapter(
     targets: tuple[str, ...] = ("q_proj", "v_proj"),
     config: dict[str, Any] | None = None,
     scale: float = 0.5,
+    hidden: int = HIDDEN,
 ) -> Path:
-    """A random LoRA for the tiny model, strong enough to change what it says."""
+    """A random LoRA for the tiny model, strong enough to change what it says.
+
+    With another `hidden` it is one for a model of other width.
+    """
     rng = np.random.default_rng(seed)
     tensors = {}
     for layer in range(LAYERS):
         for target in targets:
-            out_width, in_width = SHAPES[target]
+            out_width, in_width = (hidden if w == HIDDEN else w for w in SHAPES[target])
             name = f"base_model.model.model.layers.{layer}.{_block(target)}.{target}"
             a = rng.standard_normal((rank, in_width)) * scale / np.sqrt(in_width)
             b = rng.standard_normal((out_width, rank)) * scale

@@ -25,7 +25,7 @@ from lora_cache.errors import (
 from lora_cache.policies import LFU, LRU, Policy
 from lora_cache.testing import RandomPolicy
 from tests.real.engines import Inside
-from tests.real.parts import write_adapter
+from tests.real.parts import HIDDEN, write_adapter
 
 pytestmark = pytest.mark.vllm
 
@@ -185,7 +185,9 @@ def test_under_lru_no_touch_is_needed(llm: Any, adapters: list[Path]) -> None:
 
 
 class TestFailures:
-    @pytest.mark.parametrize("what", ["missing", "malformed", "truncated", "rank", "timeout"])
+    @pytest.mark.parametrize(
+        "what", ["missing", "malformed", "truncated", "rank", "widths", "timeout"]
+    )
     def test_one_clear_error_and_nothing_else_changes(
         self, llm: Any, adapters: list[Path], tmp_path: Path, what: str
     ) -> None:
@@ -196,6 +198,9 @@ class TestFailures:
             error = AdapterNotFoundError
         elif what == "rank":
             write_adapter(bad, rank=32)
+            error = UnsupportedAdapterError
+        elif what == "widths":  # vLLM would take it, and answer nonsense
+            write_adapter(bad, hidden=HIDDEN // 2)
             error = UnsupportedAdapterError
         elif what == "timeout":
             write_adapter(bad, seed=99)  # the content of none of the others
