@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 from lora_cache.errors import ConfigError, EngineDeadError, EngineError
 
+#: Rounds of the event loop after a step that finished a request; a hand-over takes about six.
+_ROUNDS = 12
+
 
 class VllmClient(Protocol):
     """vLLM as the stock engine sees it.
@@ -145,7 +148,12 @@ class SyncClient:
             for output in outputs:
                 if output.request_id in self._streams:
                     self._streams[output.request_id].put_nowait(output)
-            await asyncio.sleep(0)
+            # What the end of a request sets in motion (its lease ends, the next adapter is loaded,
+            # whoever waited for that sends its request) takes several rounds of the loop, and
+            # belongs into the next step: otherwise each change of adapters costs some half-empty
+            # steps (bench_offline: a quarter to a third more time).
+            for _ in range(_ROUNDS if any(output.finished for output in outputs) else 1):
+                await asyncio.sleep(0)
 
 
 def connect(target: Any) -> VllmClient:
