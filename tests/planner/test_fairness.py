@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from tests.planner.driver import Driver
 DRAIN_AFTER_S, LONGEST_S, LOAD_S = 2.0, 3.0, 0.25
 
 
+@pytest.mark.parametrize("max_in_flight", [None, 1], ids=["concurrent", "serial"])
 @settings(max_examples=60, deadline=None)
 @given(
     slots=st.integers(1, 4),
@@ -27,9 +29,17 @@ DRAIN_AFTER_S, LONGEST_S, LOAD_S = 2.0, 3.0, 0.25
         max_size=120,
     ),
 )
-def test_everyone_is_admitted_in_time(slots: int, arrivals: list[tuple[float, int, float]]) -> None:
-    """Wait ≤ drain_after + ⌈place in the line / slots⌉ · (longest lease + load)."""
-    driver = Driver(Limits(slots, slots + 2, drain_after_s=DRAIN_AFTER_S))
+def test_everyone_is_admitted_in_time(
+    max_in_flight: int | None, slots: int, arrivals: list[tuple[float, int, float]]
+) -> None:
+    """Wait ≤ drain_after + ⌈place in the line / slots⌉ · longest lease + loads.
+
+    The loads are one a round, and one that is under way; on an engine that loads one adapter at a
+    time, one for each place in the line instead of one a round.
+    """
+    driver = Driver(
+        Limits(slots, slots + 2, drain_after_s=DRAIN_AFTER_S, max_in_flight=max_in_flight)
+    )
     events: list[tuple[float, int, str, int]] = []
     order, now = 0, 0.0
     for gap, number, _ in arrivals:
@@ -55,7 +65,8 @@ def test_everyone_is_admitted_in_time(slots: int, arrivals: list[tuple[float, in
         for ticket in set(driver.leases) - leased:
             came, place = asked[ticket]
             rounds = math.ceil(place / slots)
-            bound = DRAIN_AFTER_S + rounds * (LONGEST_S + LOAD_S) + LOAD_S
+            loads = 1 + (rounds if max_in_flight is None else place)
+            bound = DRAIN_AFTER_S + rounds * LONGEST_S + loads * LOAD_S
             assert driver.now - came <= bound + 1e-6, (driver.now - came, bound, place)
             order += 1
             length = lengths[ticket % len(lengths)]
