@@ -118,9 +118,18 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         """
         return super().generate(prompts, *args, lora_request=_named(lora_request), **kwargs)
 
-    def chat(self, messages: Any, *args: Any, lora_request: Any = None, **kwargs: Any) -> Any:
+    def chat(
+        self,
+        messages: Any,
+        sampling_params: Any = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,  # vLLM takes it by position, too
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """As `vllm.LLM.chat`; see `generate`."""
-        return super().chat(messages, *args, lora_request=_named(lora_request), **kwargs)
+        named = _named(lora_request)
+        return super().chat(messages, sampling_params, use_tqdm, named, *args, **kwargs)
 
     def stats(self) -> Stats:
         """Counts since the start: hits by tier, evictions, loads."""
@@ -171,7 +180,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         before = list(self._pending)
         try:
             return super()._render_and_add_requests(*args, **kwargs)
-        except BaseException:
+        except BaseException:  # Ctrl-C while rendering, too
             self._pending = before  # a prompt that vLLM refuses leaves no others behind
             raise
 

@@ -17,7 +17,7 @@ params = SamplingParams(temperature=0, max_tokens=24)
 question = [{"role": "user", "content": "What is the sun?"}]
 
 for adapter in (first, second, first, second):
-    (output,) = llm.chat(question, params, lora_request=adapter, use_tqdm=False)
+    (output,) = llm.chat(question, params, use_tqdm=False, lora_request=adapter)
     print(output.outputs[0].text)
 
 print(llm.stats())
