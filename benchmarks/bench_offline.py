@@ -5,7 +5,7 @@
 The same prompts with the same adapters in the same order, on two engines started alike in one
 process, turn by turn; each turn starts without adapters in the engine.  Plain vLLM gets a list of
 LoRARequests, which its scheduler groups by itself.  Without arguments: the demo's chat model and
-six adapters, twice over (twelve distinct adapters, six distinct contents).
+its six adapters, each as it is and once more with twice its alpha, which makes twelve.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import write_raw
 from lora_cache.demo.catalogue import ADAPTERS, PROMPTS, adapter_dir
 
 Row = dict[str, Any]
 
 
 def demo_adapters(root: Path) -> list[Path]:
-    """Twelve directories of distinct content: each of the six twice, once renamed inside."""
+    """Twelve adapters of distinct content: each of the six, and the same with twice its alpha."""
     made = []
     for copy in range(2):
         for name in ADAPTERS:
@@ -172,17 +171,14 @@ def main() -> int:
         )
     Console().print(table)
     if options.json:
-        raw = {
-            "command": "python -m benchmarks.bench_offline " + " ".join(sys.argv[1:]),
-            "seed": options.seed,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "vllm": vllm.__version__,
-            "torch": version("torch"),
-            "lora_cache": version("lora-cache"),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(raw, indent=1) + "\n")
+        write_raw(
+            options.json,
+            "benchmarks.bench_offline",
+            ("torch",),
+            vllm=vllm.__version__,
+            seed=options.seed,
+            rows=rows,
+        )
     return 0
 
 

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ import cachetools
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import write_raw
 from lora_cache import AdapterRef, AsyncLoraCache
 from lora_cache.testing import FakeEngine, FakeSource
 
@@ -112,15 +110,7 @@ def main() -> int:
         table.add_row(row["what"], row["policy"], known, p50, p99)
     Console().print(table)
     if options.json:
-        raw = {
-            "command": "python -m benchmarks.bench_planner " + " ".join(sys.argv[1:]),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "lora_cache": version("lora-cache"),
-            "cachetools": version("cachetools"),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(raw, indent=1) + "\n")
+        write_raw(options.json, "benchmarks.bench_planner", ("cachetools",), rows=rows)
     return 0
 
 

@@ -1,0 +1,28 @@
+"""What every benchmark writes beside its table: the raw figures, and what they were made with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def write_raw(path: Path, script: str, packages: tuple[str, ...], **figures: Any) -> None:
+    """Write `figures`, with command, machine and versions, as JSON.
+
+    Args:
+        script: the module that made them, as it is run.
+        packages: distributions whose versions matter.
+    """
+    raw = {
+        "command": " ".join([f"python -m {script}", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("lora-cache", *packages)},
+        **figures,
+    }
+    path.write_text(json.dumps(raw, indent=1) + "\n")
