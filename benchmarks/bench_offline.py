@@ -5,7 +5,10 @@
 The same prompts with the same adapters in the same order, on two engines started alike in one
 process, turn by turn; each turn starts without adapters in the engine.  Plain vLLM gets a list of
 LoRARequests, which its scheduler groups by itself.  Without arguments: the demo's chat model and
-its six adapters, each as it is and once more with twice its alpha, which makes twelve.
+its six adapters, each as it is and once more with twice its alpha, which makes twelve.  With
+`--llama-8b`, for a GPU: shapes of Llama-3.1-8B, dummy weights, CUDA graphs, random prompts of 256
+tokens, twelve random adapters of 84 MB; one size of `--max-loras` a run, for two engines fill the
+card.
 """
 
 from __future__ import annotations
@@ -25,10 +28,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import shapes
 from benchmarks.report import write_raw
 from lora_cache.demo.catalogue import ADAPTERS, PROMPTS, adapter_dir
 
 Row = dict[str, Any]
+
+CPU_ENGINE: Row = {
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 256 << 20,
+    "dtype": "float32",
+}
+GPU_ENGINE: Row = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "max_model_len": 1024,
+    "kv_cache_memory_bytes": 4 << 30,
+    "gpu_memory_utilization": 0.4,
+    "dtype": "bfloat16",
+}
 
 
 def demo_adapters(root: Path) -> list[Path]:
@@ -70,6 +89,12 @@ class Loads:
         self.activations = 0
 
 
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", type=Path)
@@ -79,7 +104,7 @@ def main() -> int:
     parser.add_argument("--max-loras", type=int, action="append")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--llama-8b", action="store_true", help="shapes only; needs a GPU")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
@@ -92,27 +117,40 @@ def main() -> int:
     from lora_cache.demo.model import prepare_model
 
     with tempfile.TemporaryDirectory() as scratch:
-        if options.adapters:
+        if options.llama_8b:
+            adapters = shapes.write_adapters(Path(scratch) / "adapters", 12)
+        elif options.adapters:
             adapters = sorted(
                 path.parent for path in options.adapters.glob("*/adapter_config.json")
             )
         else:
             adapters = demo_adapters(Path(scratch))
-        model = str(options.model or prepare_model())
         rng = random.Random(options.seed)
         which = [rng.randrange(len(adapters)) for _ in range(options.prompts)]
-        prompts = [rng.choice(PROMPTS) for _ in which]
-        params = vllm.SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
+        prompts: list[Any] = [rng.choice(PROMPTS) for _ in which]
+        engine_arguments = CPU_ENGINE
+        if options.llama_8b:
+            model = str(shapes.write_model(Path(scratch) / "model"))
+            engine_arguments = GPU_ENGINE
+            prompts = [
+                {"prompt_token_ids": [rng.randrange(1000, 100_000) for _ in range(256)]}
+                for _ in which
+            ]
+        else:
+            model = str(options.model or prepare_model())
+        params = vllm.SamplingParams(
+            temperature=0,
+            max_tokens=options.tokens,
+            ignore_eos=True,
+            detokenize=not options.llama_8b,
+        )
         requests = [LoRARequest(f"plain-{i}", i + 1, str(path)) for i, path in enumerate(adapters)]
 
         rows: list[Row] = []
         alive: list[Any] = []  # in-process engines share groups: collecting one ends the others
         for max_loras in options.max_loras or [2, 4]:
             arguments = {
-                "enforce_eager": True,
-                "max_model_len": 256,
-                "kv_cache_memory_bytes": 256 << 20,
-                "dtype": options.dtype,
+                **engine_arguments,
                 "max_loras": max_loras,
                 "max_cpu_loras": len(adapters) + 1,
                 "max_lora_rank": 16,
@@ -176,6 +214,7 @@ def main() -> int:
             "benchmarks.bench_offline",
             ("torch",),
             vllm=vllm.__version__,
+            hardware=_device(),
             seed=options.seed,
             rows=rows,
         )

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lora_cache import __version__
+
 
 def write_raw(path: Path, script: str, packages: tuple[str, ...], **figures: Any) -> None:
     """Write `figures`, with command, machine and versions, as JSON.
@@ -22,7 +24,7 @@ def write_raw(path: Path, script: str, packages: tuple[str, ...], **figures: Any
         "command": " ".join([f"python -m {script}", *sys.argv[1:]]),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("lora-cache", *packages)},
+        "versions": {"lora-cache": __version__} | {name: version(name) for name in packages},
         **figures,
     }
     path.write_text(json.dumps(raw, indent=1) + "\n")

@@ -30,6 +30,7 @@ from lora_cache.sources import LocalSource, Source
 from lora_cache.state import Tier
 from lora_cache.status import StatusFile
 from lora_cache.views import Snapshot, Stats, snapshot_of
+from lora_cache.weights import check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,11 @@ class AsyncLoraCache:
             make_policy(self.config.policy),
             make_policy(self.config.host_policy or self.config.policy),
         )
-        self._catalog = Catalog({"local": LocalSource()} | (sources or {}), self._accept)
+        self._catalog = Catalog(
+            {"local": LocalSource()} | (sources or {}),
+            self._accept,
+            check_finite if self.config.check_weights else None,
+        )
         self._driver = Driver(self._planner, self._engine, self._catalog.__getitem__, clock)
         self._feeds: set[Feed] = set()
         self._status: StatusFile | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.errors import AdapterNotFoundError
@@ -22,11 +23,19 @@ class Catalog:
     Args:
         sources: by the name that refs carry.
         accept: raises if the engine cannot serve an adapter; called before it is admitted.
+        inspect: raises if the weights in a directory are no good; called once for each key, in a
+            worker thread.
     """
 
-    def __init__(self, sources: Mapping[str, Source], accept: Callable[[Adapter], None]) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        accept: Callable[[Adapter], None],
+        inspect: Callable[[Path], None] | None = None,
+    ) -> None:
         self._sources = sources
         self._accept = accept
+        self._inspect = inspect
         self._by_ref: dict[AdapterRef, Adapter] = {}
         self._by_key: dict[AdapterKey, Adapter] = {}
         self._resolving: dict[AdapterRef, asyncio.Future[Adapter]] = {}
@@ -83,6 +92,8 @@ class Catalog:
             )
         adapter = await asyncio.to_thread(source.resolve, ref)
         self._accept(adapter)
+        if self._inspect is not None and adapter.key not in self._by_key:
+            await asyncio.to_thread(self._inspect, adapter.path)
         self._by_ref[ref] = adapter
         self._register(adapter)
         return adapter

@@ -22,6 +22,7 @@ class CacheSettings(TypedDict, total=False):
     drain_after_s: float
     retry_s: float
     retry_max_s: float
+    check_weights: bool
     publish: bool
 
 
@@ -39,6 +40,7 @@ class CacheConfig(BaseModel):
         drain_after_s: when the oldest waiter has waited this long, a victim takes no new leases.
         retry_s, retry_max_s: a failed adapter fails fast for `retry_s` seconds, twice as long
             after each further failure, up to `retry_max_s`.
+        check_weights: read every weight of a new adapter once, and refuse NaN and infinity.
         publish: let ``lora-cache status`` on this machine see this cache.
     """
 
@@ -53,6 +55,7 @@ class CacheConfig(BaseModel):
     drain_after_s: float = Field(default=1.0, ge=0)
     retry_s: float = Field(default=1.0, ge=0)
     retry_max_s: float = Field(default=60.0, ge=0)
+    check_weights: bool = False
     publish: bool = True
 
     @classmethod

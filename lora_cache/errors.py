@@ -12,6 +12,7 @@
     │   └── AdapterChangedError      the files changed while they were being read
     ├── EngineError              vLLM refused or failed
     │   ├── LoadFailedError          one adapter could not be loaded; the engine lives
+    │   ├── RequestRefusedError      one request was refused (also a ValueError)
     │   └── EngineDeadError          the engine is gone; the cache must be rebuilt
     ├── NoRoomError              staging would disturb others (prefetch reports it instead)
     ├── LeaseTimeoutError        no slot came free in time (also a TimeoutError)
@@ -96,6 +97,13 @@ class LoadFailedError(EngineError):
     ) -> None:
         super().__init__(message, key=key, tier=tier)
         self.retry_after_s = retry_after_s
+
+
+class RequestRefusedError(EngineError, ValueError):
+    """vLLM refused a request: too long, bad parameters, a malformed prompt.
+
+    Also a ValueError, which is what vLLM raises: code that was written for vLLM still catches it.
+    """
 
 
 class EngineDeadError(EngineError):

@@ -26,7 +26,7 @@ from lora_cache.adapter import AdapterRef
 from lora_cache.cache import AsyncLoraCache
 from lora_cache.catalog import AdapterLike
 from lora_cache.config import CacheConfig, CacheSettings
-from lora_cache.errors import ConfigError
+from lora_cache.errors import ConfigError, LoraCacheError, RequestRefusedError
 from lora_cache.manifest import read_manifest
 from lora_cache.sources import HubSource
 from lora_cache.views import Snapshot, Stats
@@ -115,8 +115,10 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         Raises:
             AdapterError: an adapter is missing or cannot be served; nothing was run.
             LoadFailedError: vLLM could not load one; the other requests were aborted.
+            RequestRefusedError: vLLM refuses a prompt or its parameters; nothing was run.
         """
-        return super().generate(prompts, *args, lora_request=_named(lora_request), **kwargs)
+        with _refusals():
+            return super().generate(prompts, *args, lora_request=_named(lora_request), **kwargs)
 
     def chat(
         self,
@@ -128,8 +130,9 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         **kwargs: Any,
     ) -> Any:
         """As `vllm.LLM.chat`; see `generate`."""
-        named = _named(lora_request)
-        return super().chat(messages, sampling_params, use_tqdm, named, *args, **kwargs)
+        with _refusals():
+            named = _named(lora_request)
+            return super().chat(messages, sampling_params, use_tqdm, named, *args, **kwargs)
 
     def stats(self) -> Stats:
         """Counts since the start: hits by tier, evictions, loads."""
@@ -256,6 +259,17 @@ def _named(lora_request: Any) -> Any:
         f"lora_request is a {type(lora_request).__name__}: give a path, org/name[@revision], an "
         "AdapterRef, a LoRARequest, None, or a list with one of these per prompt"
     )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """VLLM checks prompts and parameters itself, and raises what Python raises."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if isinstance(error, LoraCacheError):
+            raise
+        raise RequestRefusedError(f"vLLM refused the request: {error}") from error
 
 
 def _batches(requests: Sequence[_Request]) -> list[list[_Request]]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, Protocol
 
-from lora_cache.errors import ConfigError, EngineDeadError, EngineError
+from lora_cache.errors import ConfigError, EngineDeadError, EngineError, RequestRefusedError
 
 #: Rounds of the event loop after a step that finished a request; a hand-over takes about six.
 _ROUNDS = 12
@@ -177,4 +177,4 @@ def _request_error(error: Exception, *, dead: bool) -> EngineError:
         return error
     if dead:
         return EngineDeadError(f"vLLM's engine has died ({error}): build a new engine and cache")
-    return EngineError(f"vLLM refused the request: {error}")
+    return RequestRefusedError(f"vLLM refused the request: {error}")

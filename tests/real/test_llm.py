@@ -162,7 +162,7 @@ class TestInterrupted:
 
     def test_a_prompt_that_vllm_refuses(self, ours: Any, adapters: list[Path]) -> None:
         too_long = {"prompt_token_ids": [5] * 500}
-        with pytest.raises(Exception, match="500"):
+        with pytest.raises(RequestRefusedError, match="500"):
             ours.generate([*prompts(2), too_long], greedy(), lora_request=str(adapters[0]))
         self.usable(ours, adapters)
 
