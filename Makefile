@@ -11,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv
 
-.PHONY: demo test fast lint types wheel check clean
+.PHONY: demo test fast lint types wheel docs check clean
 
 demo: .venv/.ready
 	@$(BIN)/lora-cache demo $(ARGS)
@@ -32,7 +32,10 @@ types: .venv/.ready-dev
 wheel: .venv/.ready-dev
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
 
-check: lint types wheel test
+docs: .venv/.ready-dev
+	$(BIN)/python -m mkdocs build --strict --config-file docs/site/mkdocs.yml
+
+check: lint types wheel docs test
 
 # overrides.txt leaves out what vLLM asks for but text generation does not use.
 .venv/.ready: pyproject.toml overrides.txt

@@ -25,6 +25,10 @@ def _is_path(text: str) -> bool:
     return not _CONTROL.search(text)
 
 
+def _fspath(text: object) -> object:
+    return os.fspath(text) if isinstance(text, os.PathLike) else text
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
     """What a user names.  Refs are cheap, hashable and never touch the disk.
@@ -79,7 +83,11 @@ class AdapterRef:
             InvalidAdapterError: it is malformed.
             AdapterNotFoundError: it is neither of these forms, nor a directory here.
         """
-        raw = os.fspath(text)
+        if not isinstance(raw := _fspath(text), str):
+            raise InvalidAdapterError(
+                f"a {type(text).__name__} names no adapter: give a path, org/name[@revision] or an "
+                "AdapterRef"
+            )
         if isinstance(text, os.PathLike) or raw.startswith(("/", "./", "../", "~")):
             return cls.local(raw)
         if _is_path(raw) and os.path.isdir(raw):

@@ -40,11 +40,11 @@ _Grant = tuple[int, Adapter, Tier, float]
 class AsyncLoraCache:
     """Keeps adapters where a policy wants them, and lends them to requests.
 
-    ::
-
-        async with AsyncLoraCache(async_llm, policy="lfu") as cache:
-            async for output in cache.generate(prompt, params, adapter="adapters/sql"):
-                ...
+    ```python
+    async with AsyncLoraCache(async_llm, policy="lfu") as cache:
+        async for output in cache.generate(prompt, params, adapter="adapters/sql"):
+            ...
+    ```
 
     Args:
         target: a `vllm.AsyncLLM`, a `vllm.LLM`, or an engine of the `Engine` protocol.  It stays
@@ -132,15 +132,20 @@ class AsyncLoraCache:
         """Lease the adapter, stream one request, end the lease when vLLM is done with it.
 
         Args:
-            prompt, params, options: as vLLM's ``generate`` takes them.
+            prompt: as vLLM's ``generate`` takes it.
+            params: likewise.
             adapter: None for the base model.
             timeout_s: how long to wait for the adapter (the setting `lease_timeout_s`, if None).
+            options: more of what vLLM's ``generate`` takes.
 
         Yields:
             vLLM's outputs (``RequestOutput``).
 
         Raises:
-            AdapterError, LeaseTimeoutError, EngineError, CacheClosedError
+            AdapterError: it does not exist or cannot be served.
+            LeaseTimeoutError: no slot came free in `timeout_s` seconds.
+            EngineError: vLLM could not load it, or refused the request.
+            CacheClosedError: the cache is closed, or was closed meanwhile.
 
         A consumer that stops early should close the generator (``contextlib.aclosing``): that
         aborts the request.  One that merely stops reading holds no slot: the lease ends with the
@@ -166,7 +171,9 @@ class AsyncLoraCache:
     def lease(self, adapter: AdapterLike, *, timeout_s: float | None = None) -> Lease:
         """Hold an adapter in a slot for the length of an ``async with`` block.
 
-        Raises (on entering):
+        Raises on entering, not here.
+
+        Raises:
             LeaseTimeoutError: no slot came free in `timeout_s` seconds.
             AdapterError: it does not exist or cannot be served.
             LoadFailedError: the engine could not load it; nobody was evicted.

@@ -1,23 +1,23 @@
 """Every error this package raises, as one tree.
 
-::
-
-    LoraCacheError
-    ├── ConfigError              a setting contradicts another one, or the engine
-    │   └── MissingExtraError    an optional part is not installed
-    ├── AdapterError             this adapter cannot be served, whoever asks
-    │   ├── AdapterNotFoundError
-    │   ├── InvalidAdapterError      the files are damaged or malformed
-    │   ├── UnsupportedAdapterError  the files are fine, the engine cannot use them
-    │   └── AdapterChangedError      the files changed while they were being read
-    ├── EngineError              vLLM refused or failed
-    │   ├── LoadFailedError          one adapter could not be loaded; the engine lives
-    │   ├── RequestRefusedError      one request was refused (also a ValueError)
-    │   └── EngineDeadError          the engine is gone; the cache must be rebuilt
-    ├── NoRoomError              staging would disturb others (prefetch reports it instead)
-    ├── LeaseTimeoutError        no slot came free in time (also a TimeoutError)
-    ├── PinnedError              a pin forbids it, or one pin too many
-    └── CacheClosedError
+```text
+LoraCacheError
+├── ConfigError              a setting contradicts another one, or the engine
+│   └── MissingExtraError    an optional part is not installed
+├── AdapterError             this adapter cannot be served, whoever asks
+│   ├── AdapterNotFoundError
+│   ├── InvalidAdapterError      the files are damaged or malformed
+│   ├── UnsupportedAdapterError  the files are fine, the engine cannot use them
+│   └── AdapterChangedError      the files changed while they were being read
+├── EngineError              vLLM refused or failed
+│   ├── LoadFailedError          one adapter could not be loaded; the engine lives
+│   ├── RequestRefusedError      vLLM refused one request (also a ValueError)
+│   └── EngineDeadError          the engine is gone; the cache must be rebuilt
+├── NoRoomError              staging would disturb others (prefetch reports it instead)
+├── LeaseTimeoutError        no slot came free in time (also a TimeoutError)
+├── PinnedError              a pin forbids it, or one pin too many
+└── CacheClosedError
+```
 
 A message says what is wrong and what to do about it.  Errors of other packages are mapped
 where they enter (``adapter.py``, ``engines/``) and kept as ``__cause__``.

@@ -20,7 +20,9 @@ class Lease:
     Made by `AsyncLoraCache.lease`; good for one block.  Requests that carry `request` must have
     ended by then: close generators before leaving.
 
-    Attributes (inside the block):
+    Attributes are there inside the block.
+
+    Attributes:
         adapter: what the ref resolved to; `key` is its immutable identity.
         request: what vLLM needs to run with it (a ``LoRARequest``).
         served_from: the tier it was found in: ``GPU`` is a slot hit.

@@ -53,11 +53,11 @@ class _Request:
 class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
     """`vllm.LLM` for scripts and notebooks, where ``lora_request`` is any adapter you can name.
 
-    ::
-
-        llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct")
-        llm.generate("Hello", lora_request="adapters/pirate")
-        llm.chat(conversations, lora_request=["acme/sql-lora", None, ...])  # one per prompt
+    ```python
+    llm = LLM("HuggingFaceTB/SmolLM2-135M-Instruct")
+    llm.generate("Hello", lora_request="adapters/pirate")
+    llm.chat(conversations, lora_request=["acme/sql-lora", None, ...])  # one per prompt
+    ```
 
     ``lora_request`` takes a path, ``org/name[@revision]``, an `AdapterRef`, a vLLM
     ``LoRARequest`` (its path counts), None, or a list with one of these per prompt.

@@ -63,6 +63,7 @@ class Stats:
         return self.host_hits / self.requests if self.requests else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """The form of ``--json``."""
         return {
             **asdict(self),
             "slot_hit_ratio": round(self.slot_hit_ratio, 4),
@@ -123,6 +124,7 @@ class Snapshot:
     adapters: tuple[AdapterStatus, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """The form of ``--json``."""
         return asdict(self)
 
 

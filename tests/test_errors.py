@@ -22,7 +22,7 @@ def drawn_tree() -> set[tuple[str, str]]:
     """(parent, child) of every branch in the module's docstring."""
     path, pairs = ["LoraCacheError"], set()
     for line in (errors.__doc__ or "").splitlines():
-        if branch := re.match(r"^    ([│ ]*)[├└]── (\w+)", line):
+        if branch := re.match(r"^([│ ]*)[├└]── (\w+)", line):
             depth = 1 + len(branch[1]) // 4
             path[depth:] = [branch[2]]
             pairs.add((path[depth - 1], path[depth]))

@@ -31,11 +31,13 @@ class FakeEngine:
     Transitions run one at a time, in the order in which they come.
 
     Args:
-        slots, host_entries: capacities.
-        stages_without_slot, max_in_flight: like the resident engine (True, None) or the stock
-            one (False, 1).
-        load_s, activate_s, step_s: how long a read from disk, a write into a slot, and one token
-            take, on `clock`; 0 takes no time at all.
+        slots: capacity in GPU slots.
+        host_entries: capacity of host memory, in adapters.
+        stages_without_slot: True like the resident engine, or False like the stock one.
+        max_in_flight: None like the resident engine, or 1 like the stock one.
+        load_s: how long a read from disk takes, on `clock`; 0 takes no time at all.
+        activate_s: how long a write into a slot takes.
+        step_s: how long one token takes.
         tokens: length of every answer.
         clock: needed for times other than 0.
 

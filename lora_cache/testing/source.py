@@ -13,7 +13,8 @@ class FakeSource:
     """Resolves every ref ``AdapterRef("fake", name)``; register it under the name ``"fake"``.
 
     Args:
-        nbytes, rank: of every adapter that is not set otherwise by `add`.
+        nbytes: of every adapter that is not set otherwise by `add`.
+        rank: likewise.
     """
 
     def __init__(self, nbytes: int = 1 << 20, rank: int = 8) -> None:

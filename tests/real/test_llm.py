@@ -13,7 +13,12 @@ from typing import Any
 import pytest
 
 from lora_cache import AdapterRef
-from lora_cache.errors import AdapterNotFoundError, ConfigError, LoraCacheError
+from lora_cache.errors import (
+    AdapterNotFoundError,
+    ConfigError,
+    LoraCacheError,
+    RequestRefusedError,
+)
 from tests.real.engines import ALIVE, engine_arguments
 from tests.real.parts import write_adapter
 
@@ -164,6 +169,41 @@ class TestInterrupted:
         too_long = {"prompt_token_ids": [5] * 500}
         with pytest.raises(RequestRefusedError, match="500"):
             ours.generate([*prompts(2), too_long], greedy(), lora_request=str(adapters[0]))
+        self.usable(ours, adapters)
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            {"prompts": {"prompt_token_ids": []}},
+            {"prompts": {"prompt_token_ids": [5] * 128}},
+            {"prompts": {"prompt_token_ids": [10**6]}},
+            {"prompts": {"prompt_token_ids": [-1]}},
+            {"prompts": {"nonsense": 1}},
+            {"prompts": 3},
+            {"prompts": "text, but there is no tokenizer"},
+            {"sampling_params": "hot"},
+            {"sampling_params": [None, None, None]},
+            {"priority": [1, 2, 3]},
+            {"lora_request": 7},
+            {"lora_request": ["./a", "./b", "./c"]},
+            {"lora_request": "acme/../sql"},
+            {"lora_request": "acme/sql\n"},
+            {"lora_request": "/dev/null"},
+            {"lora_request": "/proc/self/mem"},
+            {"lora_request": ""},
+            {"lora_request": "nowhere/at-all@main"},
+        ],
+        ids=str,
+    )
+    def test_nothing_of_other_packages_leaks(
+        self, ours: Any, adapters: list[Path], call: dict[str, Any]
+    ) -> None:
+        arguments = {"prompts": prompts(1), "sampling_params": greedy(), **call}
+        before = ours.snapshot()
+        with pytest.raises(LoraCacheError) as caught:
+            ours.generate(**{"lora_request": str(adapters[0]), "use_tqdm": False, **arguments})
+        assert type(caught.value).__module__ == "lora_cache.errors"
+        assert [row.leases for row in ours.snapshot().adapters] == [0] * len(before.adapters)
         self.usable(ours, adapters)
 
 
