@@ -94,7 +94,11 @@ class HubRepos:
         identity = {"NAME": "rig", "EMAIL": "rig@example.org"}
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("GIT_")},
-            **{f"GIT_{who}_{key}": v for who in ("AUTHOR", "COMMITTER") for key, v in identity.items()},
+            **{
+                f"GIT_{who}_{key}": v
+                for who in ("AUTHOR", "COMMITTER")
+                for key, v in identity.items()
+            },
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_CONFIG_NOSYSTEM": "1",
         }

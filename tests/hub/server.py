@@ -12,7 +12,7 @@ differs (`tests/hub/manners.py` makes up for the difference on demand):
   `…/revision/REV`: `sha` and the names of files; `?blobs=true` (sizes) is ignored.
   `…/tree/REV?recursive=true`: 307 to `…/tree/REV/?…` (absolute, from the `Host` header), then all
   files with `size`, `oid`, and `lfs: {oid, size}` for LFS files only; no pages.
-  `…/refs`, `POST …/paths-info/REV`: as the Hub does.  `…/commits/REV` is not as the client wants it.
+  `…/refs`, `POST …/paths-info/REV`: as the Hub does.  `…/commits/REV`: not as the client wants it.
 * REV is a branch, a tag (annotated ones are peeled), a full or short commit, or any expression of
   git.  A name with a slash (`feat/x`) works nowhere but in the answer to `/refs`.
 * Missing repository: 401 `RepoNotFound` (`/refs`: 404 `EntryNotFound`).  Missing branch or tag: 401
@@ -20,11 +20,13 @@ differs (`tests/hub/manners.py` makes up for the difference on demand):
   `EntryNotFound`), and the connection is closed: the next request on it may fail.  Missing file:
   401 to `HEAD`, 500 to `GET`; the Hub says 404 `EntryNotFound`.
 * Nothing is cached: a branch that moves is seen by the next request.  There is no authentication.
-* A plain file of 121 to 149 bytes has to be UTF-8 (it could be an LFS pointer), or the answer is 500.
+* Other paths of two segments are taken for files of a cache: 200 and an empty body.
+* A plain file of 121 to 149 bytes has to be UTF-8 (it could be an LFS pointer), or it is a 500.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -145,10 +147,8 @@ class OlahServer:
         assert process.stdin is not None
         process.stdin.close()
         for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
-            except ProcessLookupError:
-                pass
             try:
                 process.wait(STOPS_WITHIN_S)
             except subprocess.TimeoutExpired:
