@@ -44,8 +44,14 @@ check: lint types wheel docs test
 	$(UV) pip install --quiet --python $(BIN)/python --override overrides.txt --editable '.[demo]'
 	@touch $@
 
-.venv/.ready-dev: .venv/.ready
+.venv/.ready-dev: .venv/.ready .venv/hub/.ready
 	$(UV) pip install --quiet --python $(BIN)/python --override overrides.txt --group dev
+	@touch $@
+
+# The Hub server of the tests needs another FastAPI than vLLM does.
+.venv/hub/.ready: .venv/.ready tests/hub/olah.txt
+	$(UV) venv --quiet --clear --python $(BIN)/python .venv/hub
+	$(UV) pip install --quiet --python .venv/hub/bin/python --requirements tests/hub/olah.txt
 	@touch $@
 
 clean:
