@@ -102,7 +102,7 @@ class LoadFailedError(EngineError):
 class RequestRefusedError(EngineError, ValueError):
     """vLLM refused a request: too long, bad parameters, a malformed prompt.
 
-    Also a ValueError, which is what vLLM raises: code that was written for vLLM still catches it.
+    Also a ValueError, as vLLM's own was for long: code that was written for it still catches this.
     """
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import vllm
+import vllm.exceptions
 import vllm.platforms
 from vllm.sampling_params import RequestOutputKind
 
@@ -35,6 +36,13 @@ from lora_cache.views import Snapshot, Stats
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_MAX_RANK = 64
 DEFAULT_MAX_LORAS = 8
+
+#: 0.26 raises a ValueError of its own, later versions something with a base of its own.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    getattr(vllm.exceptions, "VLLMError", vllm.exceptions.VLLMValidationError),
+)
 
 _T = TypeVar("_T")
 
@@ -263,10 +271,10 @@ def _named(lora_request: Any) -> Any:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """VLLM checks prompts and parameters itself, and raises what Python raises."""
+    """VLLM checks prompts and parameters itself, and raises errors of its own and Python's."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except _REFUSALS as error:
         if isinstance(error, LoraCacheError):
             raise
         raise RequestRefusedError(f"vLLM refused the request: {error}") from error
