@@ -13,6 +13,7 @@ from lora_cache.manifest import Manifest, Stamp, read_stamp
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
 _REVISION = re.compile(r"^[A-Za-z0-9][\w./-]{0,254}$", re.ASCII)
+_SCHEME = re.compile(r"^(?P<source>[a-z][a-z0-9_-]{0,31})://(?P<location>.+)$", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -75,7 +76,8 @@ class AdapterRef:
         """Read a ref as a person writes it.
 
         A path that exists, or that starts like one (``/``, ``./``, ``../``, ``~``), is a local
-        directory; ``org/name`` and ``org/name@revision`` are the Hub.
+        directory; ``org/name`` and ``org/name@revision`` are the Hub; ``name://location`` is
+        another source's.
 
         Whether something lies there is found out when the ref is resolved.
 
@@ -92,6 +94,8 @@ class AdapterRef:
             return cls.local(raw)
         if _is_path(raw) and os.path.isdir(raw):
             return cls.local(raw)
+        if (other := _SCHEME.fullmatch(raw)) and _is_path(raw):
+            return cls(other["source"], other["location"])
         repo_id, at, revision = raw.partition("@")
         if _HUB_ID.fullmatch(repo_id):
             if at and not revision:

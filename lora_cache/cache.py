@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable
+import os
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
 from itertools import count
 from types import TracebackType
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.catalog import AdapterLike, Catalog
@@ -19,6 +20,8 @@ from lora_cache.engines import Capabilities, make_engine
 from lora_cache.errors import (
     CacheClosedError,
     ConfigError,
+    DiskFullError,
+    LeaseTimeoutError,
     NoRoomError,
     UnsupportedAdapterError,
 )
@@ -26,13 +29,18 @@ from lora_cache.feed import Feed
 from lora_cache.lease import Lease
 from lora_cache.planner import Limits, Planner, Want
 from lora_cache.policies import make_policy
-from lora_cache.sources import LocalSource, Source
+from lora_cache.sources import Source, default_sources
 from lora_cache.state import Tier
 from lora_cache.status import StatusFile
+from lora_cache.store import DiskTier, Progress
+from lora_cache.store.locks import Hold
+from lora_cache.store.pool import Urgency
 from lora_cache.views import Snapshot, Stats, snapshot_of
 from lora_cache.weights import check_finite
 
 logger = logging.getLogger(__name__)
+
+_REMOVALS = 3  # how often another process may remove what was just fetched
 
 _Grant = tuple[int, Adapter, Tier, float]
 
@@ -49,7 +57,8 @@ class AsyncLoraCache:
     Args:
         target: a `vllm.AsyncLLM`, a `vllm.LLM`, or an engine of the `Engine` protocol.  It stays
             the caller's: closing the cache leaves it running, without adapters.
-        sources: further sources, by the name that refs carry; ``"local"`` is always there.
+        sources: sources by the name that refs carry, beside or instead of ``"local"`` and
+            ``"hub"``; those of installed entry points (``lora_cache.sources``) are found by name.
         clock: for tests.
         settings: see `CacheConfig`.
 
@@ -76,12 +85,16 @@ class AsyncLoraCache:
             make_policy(self.config.policy),
             make_policy(self.config.host_policy or self.config.policy),
         )
+        self._disk = disk_tier(self.config)
         self._catalog = Catalog(
-            {"local": LocalSource()} | (sources or {}),
+            default_sources() | (sources or {}),
+            self._disk,
             self._accept,
             check_finite if self.config.check_weights else None,
         )
-        self._driver = Driver(self._planner, self._engine, self._catalog.__getitem__, clock)
+        self._driver = Driver(
+            self._planner, self._engine, self._catalog.__getitem__, self._disk.store.hold, clock
+        )
         self._feeds: set[Feed] = set()
         self._status: StatusFile | None = None
         self._request_ids = count(1)
@@ -115,6 +128,7 @@ class AsyncLoraCache:
         await asyncio.gather(*(feed.close() for feed in list(self._feeds)))
         if self._status is not None:
             await self._status.close()
+        await self._disk.close()
         await self._driver.close()
 
     # ------------------------------------------------------------------ requests
@@ -180,19 +194,70 @@ class AsyncLoraCache:
         """
         return Lease(self, adapter, timeout_s)
 
-    async def prefetch(self, adapter: AdapterLike, *, tier: Tier | str = Tier.HOST) -> Tier:
-        """Bring an adapter nearer before it is asked for, disturbing nobody.
+    @overload
+    async def prefetch(  # type: ignore[overload-overlap]  # a str is an Iterable[str], too
+        self,
+        adapters: AdapterLike,
+        *,
+        tier: Tier | str = ...,
+        progress: Callable[[Progress], None] | None = ...,
+    ) -> Tier: ...
+
+    @overload
+    async def prefetch(
+        self,
+        adapters: Iterable[AdapterLike],
+        *,
+        tier: Tier | str = ...,
+        progress: Callable[[Progress], None] | None = ...,
+    ) -> dict[str, Tier]: ...
+
+    async def prefetch(
+        self,
+        adapters: AdapterLike | Iterable[AdapterLike],
+        *,
+        tier: Tier | str = Tier.HOST,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Tier | dict[str, Tier]:
+        """Bring adapters nearer before they are asked for, disturbing nobody who holds a lease.
+
+        They are fetched `fetch_workers` at a time; a lease that waits for one overtakes the rest.
 
         Args:
+            adapters: one, or several.
             tier: ``"disk"`` or ``"host"``.
+            progress: called on the event loop while something is fetched.
 
         Returns:
-            The tier that it is in now.  ``Tier.DISK`` although ``"host"`` was wanted means that
-            there was no room that nobody needs (the stock engine cannot stage without an idle
-            slot).
+            The tier that it is in now; of several, by the name that each was given.
+            ``Tier.DISK`` although ``"host"`` was wanted means that there was no room that nobody
+            needs (the stock engine cannot stage without an idle slot).
+
+        Raises:
+            AdapterError, SourceError, StoreError: of several, the first one's, after the others
+                have come.
+
+        Cancelling ends the fetches that nobody else waits for; what has arrived is kept.
         """
         wanted = _tier(tier, Tier.DISK, Tier.HOST)
-        found = await self._resolve(adapter)
+        if isinstance(adapters, str | os.PathLike | AdapterRef):
+            return await self._prefetch(adapters, wanted, progress)
+        names = list(adapters)
+        tasks = [asyncio.ensure_future(self._prefetch(each, wanted, progress)) for each in names]
+        try:
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            for task in tasks:
+                task.cancel()
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return dict(zip(map(str, names), outcomes, strict=True))  # type: ignore[arg-type]
+
+    async def _prefetch(
+        self, adapter: AdapterLike, wanted: Tier, progress: Callable[[Progress], None] | None
+    ) -> Tier:
+        found = await self._resolve(adapter, urgency=Urgency.SPECULATION, progress=progress)
         if wanted is Tier.HOST:
             with suppress(NoRoomError):
                 await self._acquire(found, Want.STAGE, None)
@@ -276,8 +341,13 @@ class AsyncLoraCache:
         """Resolve, wait for a slot, and count a lease; `Lease` is the way to use it."""
         self._driver.require_open()
         started = self._driver.now()
-        adapter = self._catalog.current(_as_ref(ref)) or await self._resolve(ref)
-        ticket, served_from = await self._acquire(adapter, Want.LEASE, timeout_s)
+        adapter = self._catalog.current(_as_ref(ref))
+        if adapter is None or adapter.key not in self._planner.residency.host:
+            adapter, hold = await self._resolve_within(ref, timeout_s)
+            with hold:
+                ticket, served_from = await self._acquire(adapter, Want.LEASE, timeout_s)
+        else:  # the hot path: what is resident is held already
+            ticket, served_from = await self._acquire(adapter, Want.LEASE, timeout_s)
         waited_s = self._driver.now() - started
         self._waited_s += waited_s
         return ticket, adapter, served_from, waited_s
@@ -317,9 +387,40 @@ class AsyncLoraCache:
                     key=adapter.key,
                 )
 
-    async def _resolve(self, adapter: AdapterLike) -> Adapter:
+    async def _resolve(self, adapter: AdapterLike, **options: Any) -> Adapter:
         self._driver.require_open()
-        return await self._catalog.resolve(_as_ref(adapter))
+        return await self._catalog.resolve(_as_ref(adapter), **options)
+
+    async def _resolve_within(
+        self, adapter: AdapterLike, timeout_s: float | None
+    ) -> tuple[Adapter, Hold]:
+        """Resolve, and keep the files from being removed before the planner has seen them."""
+        timeout_s = self.config.lease_timeout_s if timeout_s is None else timeout_s
+        for _ in range(_REMOVALS):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    found = await self._resolve(adapter)
+            except TimeoutError as error:
+                raise LeaseTimeoutError(
+                    f"{adapter} was not on this machine within {timeout_s:g} s: prefetch it before "
+                    "it is asked for"
+                ) from error
+            if (hold := self._disk.store.hold(found)) is not None:
+                return found, hold
+        raise DiskFullError(
+            f"{adapter} was removed from disk again and again before it was used: raise disk_bytes",
+            key=found.key,
+        )
+
+
+def disk_tier(config: CacheConfig) -> DiskTier:
+    """The disk tier that `config` describes; nothing is touched before it is used."""
+    return DiskTier(
+        config.disk_dir,
+        max_bytes=config.disk_bytes,
+        policy=config.disk_policy,
+        workers=config.fetch_workers,
+    )
 
 
 def _tier(tier: Tier | str, *allowed: Tier) -> Tier:

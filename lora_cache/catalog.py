@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from cachetools import TTLCache
+
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
-from lora_cache.errors import AdapterNotFoundError
-from lora_cache.sources import Source
+from lora_cache.errors import ConfigError, SourceError
+from lora_cache.sources import Remote, RemoteSource, Source, load_source
+from lora_cache.store import DiskTier, Progress
+from lora_cache.store.disk import Interest
+from lora_cache.store.pool import Urgency
+
+logger = logging.getLogger(__name__)
 
 #: How a caller may name an adapter.
 AdapterLike = AdapterRef | str | os.PathLike[str]
+
+
+_STALE_S = 10.0  # between questions to a source that does not answer
+_MAX_STALE = 100_000
+
+
+@dataclass
+class _Resolution:
+    """One ref that is being resolved, and how many wait for it."""
+
+    task: asyncio.Task[Adapter]
+    interest: Interest
+    waiting: int = 0
 
 
 class Catalog:
@@ -22,6 +44,7 @@ class Catalog:
 
     Args:
         sources: by the name that refs carry.
+        disk: where adapters of remote sources are brought to.
         accept: raises if the engine cannot serve an adapter; called before it is admitted.
         inspect: raises if the weights in a directory are no good; called once for each key, in a
             worker thread.
@@ -30,15 +53,18 @@ class Catalog:
     def __init__(
         self,
         sources: Mapping[str, Source],
-        accept: Callable[[Adapter], None],
+        disk: DiskTier,
+        accept: Callable[[Adapter], None] = lambda _: None,
         inspect: Callable[[Path], None] | None = None,
     ) -> None:
-        self._sources = sources
+        self._sources = dict(sources)
+        self._disk = disk
         self._accept = accept
         self._inspect = inspect
         self._by_ref: dict[AdapterRef, Adapter] = {}
         self._by_key: dict[AdapterKey, Adapter] = {}
-        self._resolving: dict[AdapterRef, asyncio.Future[Adapter]] = {}
+        self._resolving: dict[AdapterRef, _Resolution] = {}
+        self._stale: TTLCache[AdapterRef, Adapter] = TTLCache(_MAX_STALE, _STALE_S)
 
     def __len__(self) -> int:
         return len(self._by_ref)
@@ -57,45 +83,89 @@ class Catalog:
     def current(self, ref: AdapterRef) -> Adapter | None:
         """What `ref` means, if that is known and still true."""
         adapter = self._by_ref.get(ref)
-        if adapter is None or not self._sources[ref.source].is_current(ref, adapter):
+        if adapter is None:
             return None
-        return adapter
+        if self._stale.get(ref) is adapter and adapter.is_unchanged():
+            return adapter  # its source did not answer a moment ago
+        return adapter if self._sources[ref.source].is_current(ref, adapter) else None
 
     def last(self, ref: AdapterRef) -> Adapter | None:
         """What `ref` meant when it was last resolved, even if its files are gone."""
         return self._by_ref.get(ref)
 
-    async def resolve(self, ref: AdapterRef) -> Adapter:
-        """What `ref` means now.
+    async def resolve(
+        self,
+        ref: AdapterRef,
+        *,
+        urgency: Urgency = Urgency.LEASE,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Adapter:
+        """What `ref` means now, with its files on this machine.
 
-        Cancelling a caller cancels only its wait, not the resolution that others share.
+        Cancelling a caller cancels only its wait; what nobody waits for any more is given up.
+
+        Args:
+            urgency: a fetch for a lease overtakes those that are speculation.
+            progress: called on the event loop while the adapter is fetched; of several callers
+                that share a fetch, the first one's.
 
         Raises:
-            AdapterError: it is missing, malformed, or cannot be served by this engine.
+            AdapterError: it is missing, malformed, denied, or cannot be served by this engine.
+            SourceError: its source does not answer, and it is not on this machine.
+            StoreError: there is no room for it on disk.
         """
         if (adapter := self.current(ref)) is not None:
             self._register(adapter)
             return adapter
-        future = self._resolving.get(ref)
-        if future is None:
-            future = asyncio.ensure_future(self._read(ref))
-            self._resolving[ref] = future
-            future.add_done_callback(lambda done: self._resolved(ref, done))
-        return await asyncio.shield(future)
+        resolution = self._resolving.get(ref)
+        if resolution is None:
+            interest = Interest(urgency, progress)
+            task = asyncio.ensure_future(self._read(ref, interest))
+            resolution = self._resolving[ref] = _Resolution(task, interest)
+            task.add_done_callback(lambda done: self._resolved(ref, done))
+        elif urgency is Urgency.LEASE:
+            resolution.interest.hurry()
+        resolution.waiting += 1
+        try:
+            return await asyncio.shield(resolution.task)
+        finally:
+            resolution.waiting -= 1
+            if not resolution.waiting and not resolution.task.done():
+                self._forget(ref, resolution.task)
+                resolution.task.cancel()
 
-    async def _read(self, ref: AdapterRef) -> Adapter:
+    async def _read(self, ref: AdapterRef, interest: Interest) -> Adapter:
         source = self._sources.get(ref.source)
         if source is None:
-            known = ", ".join(sorted(self._sources))
-            raise AdapterNotFoundError(
-                f"{ref}: no source named {ref.source!r} is configured (there is: {known})"
-            )
-        adapter = await asyncio.to_thread(source.resolve, ref)
+            source = self._sources[ref.source] = load_source(ref)
+        try:
+            found = await asyncio.to_thread(source.resolve, ref)
+            adapter = await self._on_disk(found, source, interest)
+        except SourceError as error:
+            adapter = await self._last_known(ref, error)
         self._accept(adapter)
         if self._inspect is not None and adapter.key not in self._by_key:
             await asyncio.to_thread(self._inspect, adapter.path)
         self._by_ref[ref] = adapter
         self._register(adapter)
+        return adapter
+
+    async def _on_disk(
+        self, found: Adapter | Remote, source: Source, interest: Interest
+    ) -> Adapter:
+        if isinstance(found, Adapter):
+            return found
+        if not isinstance(source, RemoteSource):
+            raise ConfigError(f"{type(source).__name__} finds adapters that it cannot fetch")
+        return await self._disk.bring(found, source, interest)
+
+    async def _last_known(self, ref: AdapterRef, error: SourceError) -> Adapter:
+        """What `ref` meant when its source last answered, if that is on this machine."""
+        adapter = await self._disk.last(ref)
+        if adapter is None:
+            raise error
+        logger.warning("%s; using %s, which it meant last", error, adapter.key.digest)
+        self._stale[ref] = adapter
         return adapter
 
     def _register(self, adapter: Adapter) -> None:
@@ -108,7 +178,12 @@ class Catalog:
         if first is None or not first.is_unchanged():
             self._by_key[adapter.key] = adapter
 
-    def _resolved(self, ref: AdapterRef, done: asyncio.Future[Adapter]) -> None:
-        del self._resolving[ref]
+    def _resolved(self, ref: AdapterRef, done: asyncio.Task[Adapter]) -> None:
+        self._forget(ref, done)
         if not done.cancelled():
             done.exception()  # every caller may have left: the error is not an orphan
+
+    def _forget(self, ref: AdapterRef, task: asyncio.Task[Adapter]) -> None:
+        resolution = self._resolving.get(ref)
+        if resolution is not None and resolution.task is task:
+            del self._resolving[ref]

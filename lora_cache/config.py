@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, TypedDict
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
@@ -18,6 +20,10 @@ class CacheSettings(TypedDict, total=False):
     host_bytes: int | str | None
     max_loras: int | None
     max_cpu_loras: int | None
+    disk_dir: str | os.PathLike[str] | None
+    disk_bytes: int | str | None
+    disk_policy: PolicyLike
+    fetch_workers: int
     lease_timeout_s: float | None
     drain_after_s: float
     retry_s: float
@@ -34,6 +40,11 @@ class CacheConfig(BaseModel):
         host_policy: who leaves host memory; the same policy, if not given.
         host_bytes: budget for adapters in host memory, in bytes or like ``"20GiB"``; unlimited
             but for the number that the engine holds, if not given.
+        disk_dir: where adapters of the Hub are kept; ``~/.cache/lora-cache/store`` if not given.
+            Several processes may share it.
+        disk_bytes: budget for them, in bytes or like ``"200GiB"``; unlimited, if not given.
+        disk_policy: who leaves the disk when that is reached.
+        fetch_workers: adapters that are fetched at a time.
         max_loras, max_cpu_loras: what you believe the engine was started with; an error if it
             was not.  The engine's own numbers are what counts.
         lease_timeout_s: how long a lease waits for a slot, if the caller does not say.
@@ -49,6 +60,10 @@ class CacheConfig(BaseModel):
     policy: Any = "lru"
     host_policy: Any = None
     host_bytes: ByteSize | None = Field(default=None, gt=0)
+    disk_dir: Path | None = None
+    disk_bytes: ByteSize | None = Field(default=None, gt=0)
+    disk_policy: Any = "lru"
+    fetch_workers: int = Field(default=4, ge=1, le=64)
     max_loras: int | None = Field(default=None, ge=1)
     max_cpu_loras: int | None = Field(default=None, ge=1)
     lease_timeout_s: float | None = Field(default=None, gt=0)

@@ -22,6 +22,7 @@ from lora_cache.errors import (
 from lora_cache.planner import Action, Granted, Planner, Start, Transition, Want
 from lora_cache.planner.failures import again
 from lora_cache.state import Tier
+from lora_cache.store.locks import Hold
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Driver:
 
     Args:
         adapter_of: the adapter to load for a key.
+        hold: keeps an adapter's files where they are; None if they are gone.
         clock: None for the event loop's own.
 
     Attributes:
@@ -54,11 +56,14 @@ class Driver:
         planner: Planner,
         engine: Engine,
         adapter_of: Callable[[AdapterKey], Adapter],
+        hold: Callable[[Adapter], Hold | None],
         clock: Clock | None,
     ) -> None:
         self._planner = planner
         self._engine = engine
         self._adapter_of = adapter_of
+        self._hold = hold
+        self._holds: dict[AdapterKey, Hold] = {}  # on files of what is resident, or coming
         self._clock = clock
         self._tickets = count(1)
         self._waiters: dict[int, _Waiter] = {}
@@ -98,6 +103,9 @@ class Driver:
             await asyncio.wait(self._transitions)
         if self._timer is not None:
             self._timer.cancel()
+        for hold in self._holds.values():
+            hold.release()
+        self._holds.clear()
         await self._engine.detach()
 
     def require_open(self) -> None:
@@ -257,6 +265,7 @@ class Driver:
             cost_s = self.now() - started
             self.load_s += cost_s
             actions = self._planner.completed(move.op, cost_s, self.now())
+        self._let_go()
         self._perform(actions)
 
     async def _apply(self, move: Transition) -> None:
@@ -264,7 +273,7 @@ class Driver:
         changed = AdapterChangedError(
             f"the files of {move.load} have changed: try again", key=move.load
         )
-        if adapter is not None and not adapter.is_unchanged():
+        if adapter is not None and not (self._keep(adapter) and adapter.is_unchanged()):
             raise TransitionFailedError(changed)
         try:
             await self._engine.apply(move, adapter)
@@ -278,6 +287,18 @@ class Driver:
             # An engine that breaks its contract must not leave callers waiting for ever.
             logger.exception("the engine failed in an unexpected way")
             raise TransitionFailedError(EngineError(f"the engine failed: {error}")) from error
+
+    def _keep(self, adapter: Adapter) -> bool:
+        """Let nobody take the files away while the adapter is resident: it may be loaded anew."""
+        if adapter.key not in self._holds:
+            if (hold := self._hold(adapter)) is None:
+                return False
+            self._holds[adapter.key] = hold
+        return True
+
+    def _let_go(self) -> None:
+        for key in [key for key in self._holds if key not in self._planner.residency.host]:
+            self._holds.pop(key).release()
 
     def _arm(self) -> None:
         """Have the planner looked at again when somebody will have waited too long."""

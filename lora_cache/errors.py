@@ -8,11 +8,15 @@ LoraCacheError
 │   ├── AdapterNotFoundError
 │   ├── InvalidAdapterError      the files are damaged or malformed
 │   ├── UnsupportedAdapterError  the files are fine, the engine cannot use them
+│   ├── AccessDeniedError        private, gated, or of an organisation that is not allowed
 │   └── AdapterChangedError      the files changed while they were being read
 ├── EngineError              vLLM refused or failed
 │   ├── LoadFailedError          one adapter could not be loaded; the engine lives
 │   ├── RequestRefusedError      vLLM refused one request (also a ValueError)
 │   └── EngineDeadError          the engine is gone; the cache must be rebuilt
+├── SourceError              the Hub did not answer, or not as it should; try again
+├── StoreError               the disk tier cannot be read or written
+│   └── DiskFullError            no room for one more adapter on disk
 ├── NoRoomError              staging would disturb others (prefetch reports it instead)
 ├── LeaseTimeoutError        no slot came free in time (also a TimeoutError)
 ├── PinnedError              a pin forbids it, or one pin too many
@@ -72,6 +76,10 @@ class UnsupportedAdapterError(AdapterError):
     """The adapter is well formed, but this engine cannot serve it (rank, kind, targets, size)."""
 
 
+class AccessDeniedError(AdapterError):
+    """The source does not let us have it, or we are not to have it from there."""
+
+
 class AdapterChangedError(AdapterError):
     """The adapter's files changed between reading and loading them. Retry."""
 
@@ -108,6 +116,33 @@ class RequestRefusedError(EngineError, ValueError):
 
 class EngineDeadError(EngineError):
     """The engine process is gone. Build a new engine and a new cache."""
+
+
+class SourceError(LoraCacheError):
+    """A source did not answer, or not as it should. Trying again may help.
+
+    Attributes:
+        retry_after_s: seconds that the source asked to wait, or 0.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        key: AdapterKey | None = None,
+        tier: Tier | None = None,
+        retry_after_s: float = 0.0,
+    ) -> None:
+        super().__init__(message, key=key, tier=tier)
+        self.retry_after_s = retry_after_s
+
+
+class StoreError(LoraCacheError):
+    """The disk tier cannot be read or written."""
+
+
+class DiskFullError(StoreError):
+    """No room on disk for one more adapter; what is resident is served on."""
 
 
 class NoRoomError(LoraCacheError):

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import vllm
@@ -24,12 +23,11 @@ import vllm.platforms
 from vllm.sampling_params import RequestOutputKind
 
 from lora_cache.adapter import AdapterRef
-from lora_cache.cache import AsyncLoraCache
-from lora_cache.catalog import AdapterLike
+from lora_cache.cache import AsyncLoraCache, disk_tier
+from lora_cache.catalog import AdapterLike, Catalog
 from lora_cache.config import CacheConfig, CacheSettings
 from lora_cache.errors import ConfigError, LoraCacheError, RequestRefusedError
-from lora_cache.manifest import read_manifest
-from lora_cache.sources import HubSource
+from lora_cache.sources import default_sources
 from lora_cache.views import Snapshot, Stats
 
 #: Ranks that vLLM has slots for.
@@ -98,21 +96,21 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
     ) -> None:
         settings = {k: options.pop(k) for k in list(options) if k in CacheConfig.model_fields}
         settings.setdefault("publish", False)
-        CacheConfig.of(cast(CacheSettings, settings))  # before the engine is started for nothing
+        # Before the engine is started for nothing:
+        config = CacheConfig.of(cast(CacheSettings, settings))
         if options.setdefault("enable_lora", True) is not True:
             raise ConfigError("enable_lora=False leaves nothing to manage: use vllm.LLM")
-        self._hub = HubSource()
+        self._runner = asyncio.Runner()
+        weakref.finalize(self, self._runner.close)
         super().__init__(
             model,
             max_loras=max_loras,
             max_cpu_loras=4 * max_loras + 1 if max_cpu_loras is None else max_cpu_loras,
-            max_lora_rank=max_lora_rank or self._rank_for(adapters),
+            max_lora_rank=max_lora_rank or self._run(_rank_for(adapters, config)),
             **options,
         )
         self._pending: list[_Request] = []
-        self._runner = asyncio.Runner()
-        weakref.finalize(self, self._runner.close)
-        self.cache = AsyncLoraCache(self, sources={"hub": self._hub}, **settings)
+        self.cache = AsyncLoraCache(self, **settings)
         self._run(self.cache.__aenter__())
 
     # ------------------------------------------------------------------ vllm.LLM, and more
@@ -240,17 +238,20 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         finally:
             asyncio._set_running_loop(running)
 
-    def _rank_for(self, adapters: Iterable[AdapterLike]) -> int:
-        ranks = []
-        for adapter in adapters:
-            ref = adapter if isinstance(adapter, AdapterRef) else AdapterRef.parse(adapter)
-            if ref.source == "hub":
-                ranks.append(self._hub.resolve(ref).manifest.rank)
-            else:
-                ranks.append(read_manifest(Path(ref.location)).rank)
-        if not ranks:
-            return DEFAULT_MAX_RANK
-        return next((rank for rank in RANKS if rank >= max(ranks)), max(ranks))
+
+async def _rank_for(adapters: Iterable[AdapterLike], config: CacheConfig) -> int:
+    """The smallest rank of vLLM's that admits all of `adapters`, which are fetched for it."""
+    refs = [a if isinstance(a, AdapterRef) else AdapterRef.parse(a) for a in adapters]
+    disk = disk_tier(config)
+    catalog = Catalog(default_sources(), disk)
+    try:
+        found = await asyncio.gather(*map(catalog.resolve, refs))
+    finally:
+        await disk.close()
+    if not found:
+        return DEFAULT_MAX_RANK
+    largest = max(adapter.manifest.rank for adapter in found)
+    return next((rank for rank in RANKS if rank >= largest), largest)
 
 
 def _named(lora_request: Any) -> Any:

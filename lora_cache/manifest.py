@@ -155,6 +155,12 @@ def read_manifest(directory: Path) -> Manifest:
     )
 
 
+def check_config(directory: Path) -> None:
+    """Read `adapter_config.json` alone, and raise what `read_manifest` would raise for it."""
+    if reason := _read_config(directory).unsupported():
+        raise UnsupportedAdapterError(f"{directory}: {reason}")
+
+
 def read_stamp(directory: Path) -> Stamp:
     """The identity of an adapter's files: equal stamps mean unchanged files, without reading.
 

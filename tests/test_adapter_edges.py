@@ -21,6 +21,7 @@ from lora_cache.errors import (
     UnsupportedAdapterError,
 )
 from lora_cache.sources import LocalSource, local
+from lora_cache.store import DiskTier
 from tests.real.parts import write_adapter
 
 
@@ -29,7 +30,7 @@ def test_content_is_loaded_from_wherever_it_still_is(tmp_path: Path) -> None:
     two = Path(shutil.copytree(one, tmp_path / "two"))
 
     async def main() -> None:
-        catalog = Catalog({"local": LocalSource()}, lambda adapter: None)
+        catalog = Catalog({"local": LocalSource()}, DiskTier())
         key = (await catalog.resolve(AdapterRef.local(one))).key
         assert (await catalog.resolve(AdapterRef.local(two))).key == key
         assert catalog[key].path == one

@@ -24,6 +24,7 @@ from lora_cache.errors import (
 )
 from lora_cache.manifest import Manifest
 from lora_cache.sources import LocalSource
+from lora_cache.store import DiskTier
 from tests.real.parts import write_adapter
 
 ANY = AdapterKey("slow:any")
@@ -73,7 +74,7 @@ def source() -> SlowSource:
 
 @pytest.fixture
 def catalog(source: SlowSource) -> Catalog:
-    return Catalog({"slow": source, "local": LocalSource()}, lambda adapter: None)
+    return Catalog({"slow": source, "local": LocalSource()}, DiskTier())
 
 
 async def outcomes(*waits: asyncio.Future[Adapter]) -> list[Any]:
@@ -154,7 +155,7 @@ def test_a_cancelled_caller_takes_nothing_from_the_others(
 def test_a_resolution_that_everybody_left_is_remembered(source: SlowSource) -> None:
     async def main() -> None:
         accepted = asyncio.Event()
-        catalog = Catalog({"slow": source}, lambda adapter: accepted.set())
+        catalog = Catalog({"slow": source}, DiskTier(), lambda adapter: accepted.set())
         wait = asyncio.ensure_future(catalog.resolve(ref("a")))
         await source.asked_for("a")
         wait.cancel()
@@ -240,7 +241,7 @@ def test_what_is_not_accepted_is_not_in_the_catalog(source: SlowSource) -> None:
         asked.append(adapter)
         raise UnsupportedAdapterError("its rank is too large")
 
-    catalog = Catalog({"slow": source}, accept)
+    catalog = Catalog({"slow": source}, DiskTier(), accept)
 
     async def main() -> None:
         source.gate.set()
@@ -312,7 +313,7 @@ def test_any_error_of_accept_keeps_what_was_known_before(source: SlowSource) -> 
         if refusing:
             raise LoraCacheError("no more")
 
-    catalog = Catalog({"slow": source}, accept)
+    catalog = Catalog({"slow": source}, DiskTier(), accept)
 
     async def main() -> None:
         nonlocal refusing

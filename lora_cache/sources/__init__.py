@@ -1,9 +1,46 @@
-"""Sources: where adapters come from.  A source turns a ref into an adapter on disk."""
+"""Sources: where adapters come from.  A source says what a ref means, and how to get it."""
 
 from __future__ import annotations
 
-from lora_cache.sources.base import Source
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from lora_cache.adapter import AdapterRef
+from lora_cache.errors import AdapterNotFoundError
+from lora_cache.sources.base import Body, Remote, RemoteFile, RemoteSource, Source
 from lora_cache.sources.hub import HubSource
 from lora_cache.sources.local import LocalSource
 
-__all__ = ["HubSource", "LocalSource", "Source"]
+__all__ = [
+    "Body",
+    "HubSource",
+    "LocalSource",
+    "Remote",
+    "RemoteFile",
+    "RemoteSource",
+    "Source",
+    "default_sources",
+    "load_source",
+]
+
+_GROUP = "lora_cache.sources"
+
+
+def default_sources() -> dict[str, Source]:
+    """The sources that are always there, by the name that refs carry."""
+    return {"local": LocalSource(), "hub": HubSource()}
+
+
+def load_source(ref: AdapterRef) -> Source:
+    """Make the source of `ref` from an installed entry point (group ``lora_cache.sources``).
+
+    Raises:
+        AdapterNotFoundError: there is none of that name.
+    """
+    for point in entry_points(group=_GROUP, name=ref.source):
+        factory: Callable[[], Source] = point.load()
+        return factory()
+    known = sorted({*default_sources(), *(point.name for point in entry_points(group=_GROUP))})
+    raise AdapterNotFoundError(
+        f"{ref}: no source named {ref.source!r} is configured (there is: {', '.join(known)})"
+    )

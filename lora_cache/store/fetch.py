@@ -1,0 +1,256 @@
+"""Fetch one adapter into the store: resumed, counted, verified, published."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_cache.adapter import Adapter
+from lora_cache.errors import (
+    InvalidAdapterError,
+    SourceError,
+    UnsupportedAdapterError,
+)
+from lora_cache.manifest import CONFIG_FILE, FILES, check_config
+from lora_cache.sources.base import Body, Remote, RemoteFile, RemoteSource
+from lora_cache.store.origin import Origin, OriginFile
+from lora_cache.store.store import Store, disk_error
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 5  # in a row without a byte of progress
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
+_LONGEST_RETRY_AFTER_S = 30.0  # a source that asks for more is reported instead
+_CHUNK_BYTES = 1 << 20
+
+
+class FetchCancelledError(Exception):
+    """Nobody waits for this fetch any more."""
+
+
+@dataclass
+class Fetch:
+    """One fetch, as seen by who wants it.  `cancel` may be called from any thread.
+
+    Attributes:
+        done, total: bytes; `total` is 0 until it is known.
+        progress: called from the fetching thread after each piece.
+        throttle: called with a number of bytes before they are written; may sleep.
+    """
+
+    remote: Remote
+    source: RemoteSource
+    progress: Callable[[Fetch], None] = lambda _: None
+    throttle: Callable[[int, threading.Event], None] = lambda _, __: None
+    done: int = 0
+    total: int = 0
+    _stopped: threading.Event = field(default_factory=threading.Event)
+    _body: Body | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def cancel(self) -> None:
+        """End it at once; what has arrived is kept for the next time."""
+        self._stopped.set()
+        with self._lock:
+            if self._body is not None:
+                self._body.close()
+
+    def check(self) -> None:
+        """Raise if it was cancelled."""
+        if self._stopped.is_set():
+            raise FetchCancelledError(f"the fetch of {self.remote.key} was cancelled")
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, or be cancelled."""
+        self._stopped.wait(seconds)
+        self.check()
+
+    def run(self, store: Store) -> Adapter:
+        """Do it.  Blocking.
+
+        Raises:
+            AdapterError: what came is no adapter, not what the source promised, or too large.
+            SourceError: the source failed again and again.
+            StoreError: the disk is full or broken.
+            FetchCancelledError: see `cancel`.
+        """
+        remote = self.remote
+        with store.partial(remote.key, self.check) as partial:
+            if partial is None:
+                adapter = store.find(remote.key)
+                if adapter is None:
+                    raise SourceError(f"{remote.key} was fetched and removed meanwhile: try again")
+                return adapter
+            files = self._listed()
+            store.reserve(remote.key, self.total)
+            for stranger in set(os.listdir(partial)) - {file.name for file in files}:
+                with suppress(OSError):
+                    os.unlink(partial / stranger)
+            for file in files:
+                _FileFetch(self, partial / file.name, file).run()
+                if file.name == CONFIG_FILE:
+                    check_config(partial)  # before the weights are fetched for nothing
+            self.check()
+            ref = remote.ref
+            return store.publish(
+                partial,
+                Origin(
+                    digest=remote.key.digest,
+                    name=remote.key.name,
+                    source=ref.source,
+                    location=ref.location,
+                    revision=ref.revision,
+                    files={f.name: OriginFile(nbytes=f.nbytes, digest=f.digest) for f in files},
+                    fetched=time.time(),
+                ),
+            )
+
+    def _listed(self) -> list[RemoteFile]:
+        files = self.source.files(self.remote)
+        self.check()
+        if sorted(file.name for file in files) != sorted(FILES):
+            raise InvalidAdapterError(f"{self.remote.location} offers other files than {FILES}")
+        self.total = sum(file.nbytes for file in files)
+        if self.total > self.source.max_bytes:
+            raise UnsupportedAdapterError(
+                f"{self.remote.location} has {self.total} bytes, and at most "
+                f"{self.source.max_bytes} are fetched: raise max_bytes of the source",
+                key=self.remote.key,
+            )
+        return sorted(files, key=lambda file: file.name != CONFIG_FILE)
+
+    def open(self, file: RemoteFile, offset: int) -> Body:
+        """Begin to read; from now on `cancel` closes what is read."""
+        self.check()
+        body = self.source.open(self.remote, file, offset)
+        with self._lock:
+            self._body = body
+        if self._stopped.is_set():
+            body.close()
+            self.check()
+        return body
+
+    def close(self) -> None:
+        with self._lock:
+            body, self._body = self._body, None
+        if body is not None:
+            body.close()
+
+
+class _FileFetch:
+    """One file of a fetch."""
+
+    def __init__(self, fetch: Fetch, path: Path, file: RemoteFile) -> None:
+        self._fetch = fetch
+        self._path = path
+        self._file = file
+        self._base = fetch.done  # bytes of the files before this one
+        self._digest = _new_digest(file)
+        self._hashed = 0  # how many bytes `_digest` has seen
+
+    def run(self) -> None:
+        """Have the whole, verified file at `path`."""
+        attempts, damaged = 0, False
+        while True:
+            before = self._size()
+            try:
+                if before < self._file.nbytes or before == 0:
+                    self._receive(before)
+                if self._is_as_promised():
+                    return
+                self._discard()
+                if damaged:
+                    raise InvalidAdapterError(
+                        f"{self._fetch.remote.location} sends another {self._file.name} than it "
+                        "promises (size or digest differ): ask its owners to upload it again"
+                    )
+                damaged = True
+            except SourceError as error:
+                self._fetch.check()
+                attempts = 1 if self._size() > before else attempts + 1
+                if attempts >= _ATTEMPTS or error.retry_after_s > _LONGEST_RETRY_AFTER_S:
+                    raise
+                pause_s = min(_FIRST_PAUSE_S * 2**attempts, _LONGEST_PAUSE_S)
+                logger.info("%s; trying again", error)
+                self._fetch.pause(max(pause_s, error.retry_after_s))
+            except OSError as error:
+                self._discard()  # what is there helps nobody, and others need the room
+                raise disk_error(self._path, error) from error
+
+    def _size(self) -> int:
+        try:
+            return self._path.stat().st_size
+        except OSError:
+            return 0
+
+    def _receive(self, offset: int) -> None:
+        """Append what is missing, as far as it comes."""
+        fetch, limit = self._fetch, self._file.nbytes
+        body = fetch.open(self._file, offset)
+        try:
+            with open(self._path, "r+b" if body.offset else "wb") as out:
+                self._catch_up(body.offset)
+                out.seek(body.offset)
+                out.truncate()
+                position = body.offset
+                for piece in body:
+                    fetch.check()
+                    fetch.throttle(len(piece), fetch._stopped)
+                    position += len(piece)
+                    if position > limit:
+                        # More than was promised: not one byte beyond the cap reaches the disk.
+                        out.truncate(0)
+                        raise SourceError(f"{self._file.name} is longer than {limit} bytes")
+                    out.write(piece)
+                    self._digest.update(piece)
+                    self._hashed = position
+                    fetch.done = self._base + position
+                    fetch.progress(fetch)
+            fetch.check()
+        finally:
+            fetch.close()
+        if position < limit:
+            raise SourceError(f"the transfer of {self._file.name} broke off after {position} bytes")
+
+    def _catch_up(self, position: int) -> None:
+        """Have the digest of the first `position` bytes, which an earlier attempt left."""
+        if self._hashed > position:
+            self._digest, self._hashed = _new_digest(self._file), 0
+        if self._hashed < position:
+            with open(self._path, "rb") as file:
+                file.seek(self._hashed)
+                while self._hashed < position and (
+                    piece := file.read(min(_CHUNK_BYTES, position - self._hashed))
+                ):
+                    self._fetch.check()
+                    self._digest.update(piece)
+                    self._hashed += len(piece)
+
+    def _is_as_promised(self) -> bool:
+        size = self._size()
+        self._catch_up(size)
+        self._fetch.done = self._base + size
+        self._fetch.progress(self._fetch)
+        promised = self._file.digest.rpartition(":")[2]
+        return size == self._file.nbytes and bool(self._digest.hexdigest() == promised)
+
+    def _discard(self) -> None:
+        with suppress(OSError):
+            self._path.unlink()
+        self._fetch.done = self._base
+
+
+def _new_digest(file: RemoteFile) -> Any:
+    if file.digest.startswith("git-sha1:"):
+        made = hashlib.sha1(usedforsecurity=False)
+        made.update(b"blob %d\x00" % file.nbytes)  # git hashes its header, too
+        return made
+    return hashlib.sha256()
