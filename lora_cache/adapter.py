@@ -13,7 +13,7 @@ from lora_cache.manifest import Manifest, Stamp, read_stamp
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$", re.ASCII)
 _REVISION = re.compile(r"^[A-Za-z0-9][\w./-]{0,254}$", re.ASCII)
-_SCHEME = re.compile(r"^(?P<source>[a-z][a-z0-9_-]{0,31})://(?P<location>.+)$", re.ASCII)
+_SCHEME = re.compile(r"^(?!https?:)(?P<source>[a-z][a-z0-9_-]{0,31})://(?P<location>.+)$", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 

@@ -242,6 +242,8 @@ class AsyncLoraCache:
         wanted = _tier(tier, Tier.DISK, Tier.HOST)
         if isinstance(adapters, str | os.PathLike | AdapterRef):
             return await self._prefetch(adapters, wanted, progress)
+        if not isinstance(adapters, Iterable):
+            _as_ref(adapters)  # says what is wrong with it
         names = list(adapters)
         tasks = [asyncio.ensure_future(self._prefetch(each, wanted, progress)) for each in names]
         try:

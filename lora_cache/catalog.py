@@ -12,8 +12,8 @@ from pathlib import Path
 from cachetools import TTLCache
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
-from lora_cache.errors import ConfigError, SourceError
-from lora_cache.sources import Remote, RemoteSource, Source, load_source
+from lora_cache.errors import ConfigError, LoraCacheError, SourceError
+from lora_cache.sources import RemoteSource, Source, load_source
 from lora_cache.store import DiskTier, Progress
 from lora_cache.store.disk import Interest
 from lora_cache.store.pool import Urgency
@@ -137,10 +137,9 @@ class Catalog:
     async def _read(self, ref: AdapterRef, interest: Interest) -> Adapter:
         source = self._sources.get(ref.source)
         if source is None:
-            source = self._sources[ref.source] = load_source(ref)
+            source = self._sources[ref.source] = load_source(ref, self._sources)
         try:
-            found = await asyncio.to_thread(source.resolve, ref)
-            adapter = await self._on_disk(found, source, interest)
+            adapter = await self._get(ref, source, interest)
         except SourceError as error:
             adapter = await self._last_known(ref, error)
         self._accept(adapter)
@@ -150,9 +149,13 @@ class Catalog:
         self._register(adapter)
         return adapter
 
-    async def _on_disk(
-        self, found: Adapter | Remote, source: Source, interest: Interest
-    ) -> Adapter:
+    async def _get(self, ref: AdapterRef, source: Source, interest: Interest) -> Adapter:
+        try:
+            found = await asyncio.to_thread(source.resolve, ref)
+        except LoraCacheError:
+            raise
+        except Exception as error:  # a source that breaks its contract: still one clear error
+            raise SourceError(f"{ref}: the source {ref.source!r} failed: {error}") from error
         if isinstance(found, Adapter):
             return found
         if not isinstance(source, RemoteSource):

@@ -286,8 +286,8 @@ class TestFailures:
                 with pytest.raises(AdapterNotFoundError, match="/no/such/dir"):
                     async with w.cache.lease("/no/such/dir"):
                         pass
-                with pytest.raises(AdapterNotFoundError, match="no source named 'hub'"):
-                    async with w.cache.lease("acme/sql-lora"):
+                with pytest.raises(AdapterNotFoundError, match="no source named 's3'"):
+                    async with w.cache.lease("s3://acme/sql-lora"):
                         pass
 
         run(main())

@@ -20,6 +20,7 @@ from lora_cache.errors import (
     AdapterNotFoundError,
     InvalidAdapterError,
     LoraCacheError,
+    SourceError,
     UnsupportedAdapterError,
 )
 from lora_cache.manifest import Manifest
@@ -152,27 +153,32 @@ def test_a_cancelled_caller_takes_nothing_from_the_others(
     assert source.calls == {"a": 1}
 
 
-def test_a_resolution_that_everybody_left_is_remembered(source: SlowSource) -> None:
+def test_a_resolution_that_everybody_left_is_given_up(source: SlowSource, catalog: Catalog) -> None:
     async def main() -> None:
-        accepted = asyncio.Event()
-        catalog = Catalog({"slow": source}, DiskTier(), lambda adapter: accepted.set())
         wait = asyncio.ensure_future(catalog.resolve(ref("a")))
         await source.asked_for("a")
         wait.cancel()
         await asyncio.gather(wait, return_exceptions=True)
+        again = asyncio.ensure_future(catalog.resolve(ref("a")))
         source.gate.set()
-        await asyncio.wait_for(accepted.wait(), 10)
-        assert catalog.last(ref("a")) is not None
-        assert await catalog.resolve(ref("a")) is catalog.last(ref("a"))
+        assert await again is catalog.last(ref("a"))
 
     asyncio.run(main())
-    assert source.calls == {"a": 1}
+    assert source.calls == {"a": 2}
 
 
 # ---------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("error", [InvalidAdapterError("damaged"), RuntimeError("a defect")])
+def test_a_source_with_a_defect_is_one_error_of_ours(source: SlowSource, catalog: Catalog) -> None:
+    source.errors["a"] = RuntimeError("a defect")
+    source.gate.set()
+    with pytest.raises(SourceError, match="the source 'slow' failed: a defect") as caught:
+        asyncio.run(catalog.resolve(ref("a")))
+    assert caught.value.__cause__ is source.errors["a"]
+
+
+@pytest.mark.parametrize("error", [InvalidAdapterError("damaged"), LoraCacheError("unknown")])
 def test_an_error_reaches_every_caller_and_is_not_remembered(
     source: SlowSource, catalog: Catalog, error: Exception
 ) -> None:

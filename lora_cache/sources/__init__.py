@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 
 from lora_cache.adapter import AdapterRef
@@ -31,8 +31,11 @@ def default_sources() -> dict[str, Source]:
     return {"local": LocalSource(), "hub": HubSource()}
 
 
-def load_source(ref: AdapterRef) -> Source:
+def load_source(ref: AdapterRef, known: Iterable[str] = ()) -> Source:
     """Make the source of `ref` from an installed entry point (group ``lora_cache.sources``).
+
+    Args:
+        known: names of the sources that there are already.
 
     Raises:
         AdapterNotFoundError: there is none of that name.
@@ -40,7 +43,7 @@ def load_source(ref: AdapterRef) -> Source:
     for point in entry_points(group=_GROUP, name=ref.source):
         factory: Callable[[], Source] = point.load()
         return factory()
-    known = sorted({*default_sources(), *(point.name for point in entry_points(group=_GROUP))})
+    names = sorted({*known, *(point.name for point in entry_points(group=_GROUP))})
     raise AdapterNotFoundError(
-        f"{ref}: no source named {ref.source!r} is configured (there is: {', '.join(known)})"
+        f"{ref}: no source named {ref.source!r} is configured (there is: {', '.join(names)})"
     )
