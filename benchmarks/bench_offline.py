@@ -44,6 +44,8 @@ GPU_ENGINE: Row = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
     "max_model_len": 1024,
+    "max_num_seqs": 64,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 48, 64]},
     "kv_cache_memory_bytes": 4 << 30,
     "gpu_memory_utilization": 0.4,
     "dtype": "bfloat16",
@@ -165,7 +167,8 @@ def main() -> int:
             activations: dict[str, list[int]] = {name: [] for name in engines}
             answers: dict[str, Any] = {}
             for turn in range(options.turns + 1):  # the first one warms up and is not counted
-                for name, engine in engines.items():
+                order = list(engines.items())
+                for name, engine in order if turn % 2 else reversed(order):
                     chosen: list[Any] = [requests[i] for i in which]
                     if name == "lora_cache.LLM":
                         chosen = [str(adapters[i]) for i in which]

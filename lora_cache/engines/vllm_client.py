@@ -9,8 +9,10 @@ from typing import Any, Protocol
 
 from lora_cache.errors import ConfigError, EngineDeadError, EngineError, RequestRefusedError
 
-#: Rounds of the event loop after a step that finished a request; a hand-over takes about six.
-_ROUNDS = 12
+#: Rounds of the event loop without news after which no hand-over is under way (one takes six).
+_QUIET_ROUNDS = 12
+#: An application on the same loop may keep it busy for ever; the engine is stepped all the same.
+_MOST_ROUNDS = 400
 
 
 class VllmClient(Protocol):
@@ -91,6 +93,7 @@ class SyncClient:
         self._streams: dict[str, asyncio.Queue[Any]] = {}
         self._stepping: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
+        self._news = 0  # counts adapters and requests that came or went
 
     @property
     def vllm_config(self) -> Any:
@@ -101,9 +104,11 @@ class SyncClient:
         return self._failure is not None
 
     async def add_lora(self, request: Any) -> None:
+        self._news += 1
         self._engine.add_lora(request)
 
     async def remove_lora(self, lora_int_id: int) -> None:
+        self._news += 1
         self._engine.remove_lora(lora_int_id)
 
     async def list_loras(self) -> set[int]:
@@ -121,6 +126,7 @@ class SyncClient:
         except Exception as error:  # vLLM raises what its layers raise; nothing of it may leak
             raise _request_error(error, dead=False) from error
         outputs = self._streams[request_id] = asyncio.Queue()
+        self._news += 1
         if self._stepping is None or self._stepping.done():
             self._stepping = asyncio.create_task(self._step(), name="vllm-step")
         finished = False
@@ -137,6 +143,7 @@ class SyncClient:
                 self._engine.abort_request([request_id])
 
     async def _step(self) -> None:
+        await self._quiet()
         while self._streams:
             try:
                 outputs = self._engine.step()
@@ -148,12 +155,26 @@ class SyncClient:
             for output in outputs:
                 if output.request_id in self._streams:
                     self._streams[output.request_id].put_nowait(output)
-            # What the end of a request sets in motion (its lease ends, the next adapter is loaded,
-            # whoever waited for that sends its request) takes several rounds of the loop, and
-            # belongs into the next step: otherwise each change of adapters costs some half-empty
-            # steps (bench_offline: a quarter to a third more time).
-            for _ in range(_ROUNDS if any(output.finished for output in outputs) else 1):
+            if any(output.finished for output in outputs):
+                await self._quiet()
+            else:
                 await asyncio.sleep(0)
+
+    async def _quiet(self) -> None:
+        """Let hand-overs end, so that all who can join the next step do.
+
+        What the end of a request sets in motion (its lease ends, the next adapter is loaded,
+        whoever waited for it sends its requests) takes several rounds of the loop.  Stepping
+        meanwhile costs half-empty steps, and several small prefills in place of one, which takes
+        as long as any of them.
+        """
+        seen, quiet = self._news, 0
+        for _ in range(_MOST_ROUNDS):
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if self._news == seen else 0
+            seen = self._news
+            if quiet == _QUIET_ROUNDS:
+                return
 
 
 def connect(target: Any) -> VllmClient:
