@@ -18,6 +18,7 @@ def blocks() -> list[object]:
     return [
         pytest.param(block, id=f"{path.name}-{number}")
         for path in DOCS
+        if path.name != "writing-a-policy.md"  # one package: tests/test_writing_a_policy.py
         for number, block in enumerate(BLOCK.findall(path.read_text()))
     ]
 
