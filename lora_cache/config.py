@@ -36,7 +36,8 @@ class CacheConfig(BaseModel):
     """What a cache is told; everything has a default.
 
     Attributes:
-        policy: who leaves a slot: ``"lru"``, ``"lfu"``, or a class (`lora_cache.policies`).
+        policy: who leaves a slot: a name such as ``"lru"`` (`lora_cache.policies.policy_names` has
+            them all), or a class.
         host_policy: who leaves host memory; the same policy, if not given.
         host_bytes: budget for adapters in host memory, in bytes or like ``"20GiB"``; unlimited
             but for the number that the engine holds, if not given.

@@ -36,6 +36,7 @@ def blocks() -> list[object]:
     return [
         pytest.param(block, id=f"{name_of(path)}-{number}")
         for path in DOCS
+        if path.name != "writing-a-policy.md"  # one package: tests/test_writing_a_policy.py
         for number, block in enumerate(BLOCK.findall(path.read_text()))
     ]
 

@@ -22,6 +22,19 @@ def test_importing_the_package_imports_nothing_heavy(modules: str) -> None:
     assert not loaded & set(HEAVY)
 
 
+def test_the_policy_contract_needs_pytest_and_hypothesis_only_to_run() -> None:
+    code = (
+        "import sys; sys.modules['hypothesis'] = sys.modules['pytest'] = None\n"
+        "import lora_cache.testing\n"
+        "from lora_cache.testing.policy_contract import PolicyContract\n"
+        "print(PolicyContract.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["PolicyContract"]
+
+
 def test_asking_for_what_needs_vllm_without_it_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['vllm'] = None; import lora_cache\n"

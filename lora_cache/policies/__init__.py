@@ -7,15 +7,41 @@ from importlib.metadata import entry_points
 
 from lora_cache.errors import ConfigError
 from lora_cache.policies.base import Policy, RemovalReason
+from lora_cache.policies.fifo import FIFO
+from lora_cache.policies.gdsf import GDSF
 from lora_cache.policies.lfu import LFU
 from lora_cache.policies.lru import LRU
+from lora_cache.policies.lru_k import LRUK
+from lora_cache.policies.sieve import Sieve
+from lora_cache.policies.slru import SLRU
 
-__all__ = ["LFU", "LRU", "Policy", "PolicyLike", "RemovalReason", "make_policy", "policy_names"]
+__all__ = [
+    "FIFO",
+    "GDSF",
+    "LFU",
+    "LRU",
+    "LRUK",
+    "SLRU",
+    "Policy",
+    "PolicyLike",
+    "RemovalReason",
+    "Sieve",
+    "make_policy",
+    "policy_names",
+]
 
 #: A name, or something that makes a fresh policy (a class, a function, a ``partial``).
 PolicyLike = str | Callable[[], Policy]
 
-_BUILT_IN: dict[str, Callable[[], Policy]] = {"lru": LRU, "lfu": LFU}
+_BUILT_IN: dict[str, Callable[[], Policy]] = {
+    "fifo": FIFO,
+    "gdsf": GDSF,
+    "lfu": LFU,
+    "lru": LRU,
+    "lru_k": LRUK,
+    "sieve": Sieve,
+    "slru": SLRU,
+}
 _GROUP = "lora_cache.policies"
 
 

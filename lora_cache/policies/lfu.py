@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterator
-from itertools import count
 
 from lora_cache.errors import ConfigError
 from lora_cache.key import AdapterKey
 from lora_cache.policies.base import RemovalReason
+from lora_cache.policies.ranking import Ranking
 
 
 class LFU:
@@ -18,7 +17,7 @@ class LFU:
     A use counts 1 and halves every `half_life_s`.  Because all counts shrink at one rate, their
     order changes only when one is used: the logarithm of a count, taken back to time zero, is a
     fixed number ("forward decay", Cormode et al., ICDE 2009), and no clock has to run.  Counts
-    are forgotten when the copy leaves the tier.
+    are forgotten when the copy leaves the tier.  Calls are O(log n) amortised.
 
     Args:
         half_life_s: seconds; ``math.inf`` (plain LFU) keeps every use for ever.
@@ -31,28 +30,23 @@ class LFU:
         if not half_life_s > 0:
             raise ConfigError(f"half_life_s must be positive (or inf), not {half_life_s}")
         self._half_life_s = half_life_s
-        self._rank: dict[AdapterKey, tuple[float, int]] = {}  # log2(count) at time zero, last use
-        self._uses = count()
+        self._ranking = Ranking()  # by log2(count) at time zero
 
     def on_insert(self, key: AdapterKey, nbytes: int, cost_s: float, now: float) -> None:
         # A prefetched adapter is a promise of use: as one use, it is not the next victim at once.
-        self._rank[key] = (self._landmark(now), next(self._uses))
+        self._ranking.put(key, self._landmark(now))
 
     def on_access(self, key: AdapterKey, now: float) -> None:
-        weight, _ = self._rank[key]
+        weight = self._ranking.score(key)
         new = self._landmark(now)
         high, low = max(weight, new), min(weight, new)
-        self._rank[key] = (high + math.log2(1.0 + 2.0 ** (low - high)), next(self._uses))
+        self._ranking.put(key, high + math.log2(1.0 + 2.0 ** (low - high)))
 
     def on_remove(self, key: AdapterKey, reason: RemovalReason) -> None:
-        del self._rank[key]
+        self._ranking.remove(key)
 
     def rank_victims(self, now: float) -> Iterator[AdapterKey]:
-        # Heapify is O(n) over what is *resident*; each victim taken then costs O(log n).
-        heap = [(weight, last_use, key) for key, (weight, last_use) in self._rank.items()]
-        heapq.heapify(heap)
-        while heap:
-            yield heapq.heappop(heap)[2]
+        return iter(self._ranking)
 
     def _landmark(self, now: float) -> float:
         """log2 of a use at `now`, as it would have to weigh at time zero."""

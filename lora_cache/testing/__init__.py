@@ -1,4 +1,8 @@
-"""Public fakes for tests of policies, engines and applications.  No vLLM, no torch."""
+"""Public fakes for tests of policies, engines and applications.  No vLLM, no torch.
+
+The tests that a policy must pass are in `lora_cache.testing.policy_contract`: they alone need
+pytest and Hypothesis.
+"""
 
 from lora_cache.testing.clock import ManualClock, settle
 from lora_cache.testing.engine import FakeEngine, FakeOutput

@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lora_cache.planner import Holdings, Limits, Want
-from lora_cache.policies import LFU, LRU
+from lora_cache.policies import FIFO, GDSF, LFU, LRU, LRUK, SLRU, Sieve
 from lora_cache.state import CopyState
 from lora_cache.testing import RandomPolicy
 from tests.planner.driver import Driver, key_of
 
 ADAPTERS = st.integers(0, 7)
-POLICIES = st.sampled_from([LRU, LFU, lambda: LFU(math.inf), lambda: RandomPolicy(seed=7)])
+POLICIES = st.sampled_from(
+    [LRU, LFU, lambda: LFU(math.inf), FIFO, GDSF, LRUK, SLRU, Sieve, lambda: RandomPolicy(seed=7)]
+)
 
 
 class PlannerMachine(RuleBasedStateMachine):

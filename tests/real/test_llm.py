@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from lora_cache import AdapterRef
+from lora_cache import AdapterRef, CacheConfig
 from lora_cache.errors import (
     AdapterNotFoundError,
     ConfigError,
+    InvalidAdapterError,
     LoraCacheError,
     RequestRefusedError,
 )
@@ -203,6 +204,11 @@ class TestInterrupted:
         assert not any(row.leases for row in ours.snapshot().adapters)
         self.usable(ours, adapters)
 
+    def test_chat_takes_the_adapter_by_position(self, ours: Any) -> None:
+        """As vLLM's does; a wrong one shows that it was looked at."""
+        with pytest.raises(InvalidAdapterError, match="not a usable path"):
+            ours.chat([{"role": "user", "content": "Hello"}], None, False, "./acme\x00/../sql")
+
 
 def test_inside_a_running_loop_as_in_a_notebook(ours: Any, adapters: list[Path]) -> None:
     async def cell() -> Any:
@@ -213,10 +219,15 @@ def test_inside_a_running_loop_as_in_a_notebook(ours: Any, adapters: list[Path])
     )
 
 
-def test_the_largest_named_adapter_sizes_the_slots(ours: Any, adapters: list[Path]) -> None:
-    assert ours._rank_for([]) == 64
-    assert ours._rank_for([adapters[0], adapters[3]]) == 8  # ranks 4 and 6
-    assert ours._rank_for([str(adapters[2])]) == 16
+def test_the_largest_named_adapter_sizes_the_slots(adapters: list[Path]) -> None:
+    from lora_cache.llm import _rank_for
+
+    def rank_for(*named: Path | str) -> int:
+        return asyncio.run(_rank_for(named, CacheConfig()))
+
+    assert rank_for() == 64
+    assert rank_for(adapters[0], adapters[3]) == 8  # ranks 4 and 6
+    assert rank_for(str(adapters[2])) == 16
 
 
 def test_contradictions_are_found_before_the_engine_starts(tiny_model: Path) -> None:
