@@ -58,7 +58,7 @@ class CacheConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    policy: Any = "lru"
+    policy: Any = "auto"
     host_policy: Any = None
     host_bytes: ByteSize | None = Field(default=None, gt=0)
     disk_dir: Path | None = None

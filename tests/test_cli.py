@@ -173,7 +173,7 @@ def test_status_of_a_running_cache() -> None:
 
     shown, as_json = asyncio.run(main())
     lines = shown.stdout.splitlines()
-    assert f"pid {os.getpid()}  fake engine, policy lru" in lines[0]
+    assert f"pid {os.getpid()}  fake engine, policy auto" in lines[0]
     assert [line.split()[:3] for line in lines[2:4]] == [
         ["gpu", "0", "held"],
         ["host", "staged", "8"],
@@ -217,7 +217,7 @@ def test_demo() -> None:
     result = python("-m", "lora_cache", "demo", "--json", timeout=580)
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
-    assert (shown["engine"], shown["policy"], shown["drift"]) == ("stock", "lru", 0)
+    assert (shown["engine"], shown["policy"], shown["drift"]) == ("stock", "auto", 0)
     assert (shown["max_loras"], shown["max_cpu_loras"]) == (2, 4)
     hits = [shown["slot_hits"], shown["host_hits"], shown["disk_hits"]]
     assert min(hits) >= 1

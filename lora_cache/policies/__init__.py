@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from lora_cache.errors import ConfigError
+from lora_cache.policies.auto import Auto
 from lora_cache.policies.base import Policy, RemovalReason
 from lora_cache.policies.fifo import FIFO
 from lora_cache.policies.gdsf import GDSF
@@ -22,6 +23,7 @@ __all__ = [
     "LRU",
     "LRUK",
     "SLRU",
+    "Auto",
     "Policy",
     "PolicyLike",
     "RemovalReason",
@@ -34,6 +36,7 @@ __all__ = [
 PolicyLike = str | Callable[[], Policy]
 
 _BUILT_IN: dict[str, Callable[[], Policy]] = {
+    "auto": Auto,
     "fifo": FIFO,
     "gdsf": GDSF,
     "lfu": LFU,

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 
-from lora_cache.policies import FIFO, GDSF, LFU, LRU, LRUK, SLRU, Policy, Sieve
+from lora_cache.policies import FIFO, GDSF, LFU, LRU, LRUK, SLRU, Auto, Policy, Sieve
 from lora_cache.testing import RandomPolicy
 from lora_cache.testing.policy_contract import PolicyContract
+
+
+class TestAuto(PolicyContract):
+    def make_policy(self) -> Policy:
+        return Auto()
 
 
 class TestFIFO(PolicyContract):

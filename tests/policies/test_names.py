@@ -27,7 +27,7 @@ def test_a_class_or_a_function_makes_a_policy() -> None:
 
 
 def test_what_is_no_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown policy 'mru': choose one of fifo, gdsf, "):
+    with pytest.raises(ConfigError, match="unknown policy 'mru': choose one of auto, fifo, gdsf, "):
         make_policy("mru")
     with pytest.raises(ConfigError, match="not a Policy"):
         make_policy(dict)  # type: ignore[arg-type]
