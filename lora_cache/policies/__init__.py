@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 from lora_cache.errors import ConfigError
 from lora_cache.policies.auto import Auto
-from lora_cache.policies.base import Policy, RemovalReason
+from lora_cache.policies.base import Explains, Policy, RemovalReason, explain
 from lora_cache.policies.fifo import FIFO
 from lora_cache.policies.gdsf import GDSF
 from lora_cache.policies.lfu import LFU
@@ -24,10 +24,12 @@ __all__ = [
     "LRUK",
     "SLRU",
     "Auto",
+    "Explains",
     "Policy",
     "PolicyLike",
     "RemovalReason",
     "Sieve",
+    "explain",
     "make_policy",
     "policy_names",
 ]

@@ -200,6 +200,15 @@ class Auto:
             return (self._keys[column] for column in order)
         return self._rank_towards_lru([self._keys[column] for column in order])
 
+    def explain(self, key: AdapterKey, now: float) -> str:
+        known = self._matrix[:, self._column[key]]
+        words = f"last used {now - known[_LAST]:.3g} s ago"
+        if known[_GAP] != _UNKNOWN_GAP:
+            words += f", usually {math.exp(known[_GAP]):.3g} s apart"
+        if self._missing + 1 > self._credit + self._grace:
+            words += "; the guard keeps to LRU"
+        return words
+
     def _rank_towards_lru(self, by_score: list[AdapterKey]) -> Iterator[AdapterKey]:
         yield from (key for key in by_score if key not in self._shadow)
         yield from (key for key in self._shadow if key in self._column)

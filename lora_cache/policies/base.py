@@ -48,3 +48,19 @@ class Policy(Protocol):
         skips what is leased or pinned; between two calls of ``next`` nothing is notified.
         """
         ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """What a policy may have besides: words for why it ranks a key where it does."""
+
+    def explain(self, key: AdapterKey, now: float) -> str:
+        """A clause such as ``"last used 12 s ago"``.  `key` is in the tier; pure."""
+        ...
+
+
+def explain(policy: Policy, key: AdapterKey, now: float) -> str:
+    """The policy's own words for where `key` ranks, or the least that can be said."""
+    if isinstance(policy, Explains):
+        return policy.explain(key, now)
+    return f"as {type(policy).__name__} ranks it"

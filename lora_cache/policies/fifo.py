@@ -16,10 +16,10 @@ class FIFO:
     """
 
     def __init__(self) -> None:
-        self._order: OrderedDict[AdapterKey, None] = OrderedDict()  # oldest first
+        self._order: OrderedDict[AdapterKey, float] = OrderedDict()  # when it came, oldest first
 
     def on_insert(self, key: AdapterKey, nbytes: int, cost_s: float, now: float) -> None:
-        self._order[key] = None
+        self._order[key] = now
 
     def on_access(self, key: AdapterKey, now: float) -> None:
         pass
@@ -29,3 +29,6 @@ class FIFO:
 
     def rank_victims(self, now: float) -> Iterator[AdapterKey]:
         return iter(self._order)
+
+    def explain(self, key: AdapterKey, now: float) -> str:
+        return f"came {now - self._order[key]:.3g} s ago"

@@ -48,6 +48,10 @@ class GDSF:
     def rank_victims(self, now: float) -> Iterator[AdapterKey]:
         return iter(self._ranking)
 
+    def explain(self, key: AdapterKey, now: float) -> str:
+        uses, cost_s, nbytes = self._copies[key]
+        return f"{uses} uses × {cost_s:.3g} s to load / {nbytes} bytes"
+
     def _rank(self, key: AdapterKey, uses: int, cost_s: float, nbytes: int) -> None:
         self._copies[key] = uses, cost_s, nbytes
         self._ranking.put(key, self._clock + uses * cost_s / nbytes)

@@ -48,6 +48,10 @@ class LFU:
     def rank_victims(self, now: float) -> Iterator[AdapterKey]:
         return iter(self._ranking)
 
+    def explain(self, key: AdapterKey, now: float) -> str:
+        uses = 2.0 ** (self._ranking.score(key) - self._landmark(now))
+        return f"{uses:.3g} uses, each halved every {self._half_life_s:g} s"
+
     def _landmark(self, now: float) -> float:
         """log2 of a use at `now`, as it would have to weigh at time zero."""
         return now / self._half_life_s

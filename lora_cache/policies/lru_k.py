@@ -69,3 +69,8 @@ class LRUK:
 
     def rank_victims(self, now: float) -> Iterator[AdapterKey]:
         return iter(self._ranking)
+
+    def explain(self, key: AdapterKey, now: float) -> str:
+        if self._ranking.score(key) == _NEVER:
+            return "used once"
+        return "its last use but one ranks it"

@@ -58,6 +58,10 @@ class Sieve:
             if key in self._used:
                 yield key
 
+    def explain(self, key: AdapterKey, now: float) -> str:
+        again = "" if key in self._used else "not "
+        return f"{again}used again since the hand last passed"
+
     def _move_hand_to(self, victim: AdapterKey) -> None:
         if victim in self._used:
             self._used.clear()  # a whole round, and then on to the victim

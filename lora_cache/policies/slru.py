@@ -63,3 +63,8 @@ class SLRU:
 
     def rank_victims(self, now: float) -> Iterator[AdapterKey]:
         return chain(self._probation, self._protected)
+
+    def explain(self, key: AdapterKey, now: float) -> str:
+        if key in self._protected:
+            return "used again, and longest ago of those that were"
+        return "on probation: not used again since it came, or went back there"

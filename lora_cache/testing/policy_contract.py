@@ -20,7 +20,7 @@ from itertools import islice, product
 from typing import TYPE_CHECKING
 
 from lora_cache.key import AdapterKey
-from lora_cache.policies import Policy, RemovalReason
+from lora_cache.policies import Policy, RemovalReason, explain
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -193,6 +193,14 @@ class PolicyContract:
         tier.remove(tier.ranking()[0])
         tier.access(tier.ranking()[-1])
         tier.ranking()
+
+    def test_words_for_a_rank_change_nothing(self) -> None:
+        """Only where the policy has some: see `Explains`."""
+        tier = self._filled(5)
+        before = tier.ranking()
+        for key in before:
+            assert explain(tier.policy, key, tier.now).strip()
+        assert tier.ranking() == before
 
     def test_many_keys_and_many_uses(self) -> None:
         rng = random.Random(0)

@@ -113,6 +113,12 @@ def test_what_is_dear_to_reload_stays_longer() -> None:
     assert missed["dear"] < 0.9 * missed["cheap"]
 
 
+def test_it_says_what_it_knows() -> None:
+    policy = Auto()
+    misses(policy, [(10.0 * use, 1) for use in range(30)], 4)
+    assert policy.explain(AdapterKey("k:1"), 295.0) == "last used 5 s ago, usually 10.1 s apart"
+
+
 def test_what_it_remembers_is_bounded() -> None:
     policy = Auto(history=50)
     misses(policy, at_rate(range(3000)), 4)  # every adapter once

@@ -24,9 +24,9 @@ class MovesOnWhenAsked(LRU):
 class TakesWhenAsked(LRU):
     def rank_victims(self, now: float) -> Iterator[AdapterKey]:
         for key in list(self._order):
-            self._order.pop(key)
+            used = self._order.pop(key)
             yield key
-            self._order[key] = None
+            self._order[key] = used
 
 
 class RanksTwice(LRU):
