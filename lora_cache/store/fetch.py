@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -11,7 +10,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_cache.adapter import Adapter
 from lora_cache.errors import (
@@ -21,6 +19,7 @@ from lora_cache.errors import (
 )
 from lora_cache.manifest import CONFIG_FILE, FILES, check_config
 from lora_cache.sources.base import Body, Remote, RemoteFile, RemoteSource
+from lora_cache.store.digest import is_promised, new_digest
 from lora_cache.store.origin import Origin, OriginFile
 from lora_cache.store.store import Store, disk_error
 
@@ -153,7 +152,7 @@ class _FileFetch:
         self._path = path
         self._file = file
         self._base = fetch.done  # bytes of the files before this one
-        self._digest = _new_digest(file)
+        self._digest = new_digest(file.digest, file.nbytes)
         self._hashed = 0  # how many bytes `_digest` has seen
 
     def run(self) -> None:
@@ -223,7 +222,7 @@ class _FileFetch:
     def _catch_up(self, position: int) -> None:
         """Have the digest of the first `position` bytes, which an earlier attempt left."""
         if self._hashed > position:
-            self._digest, self._hashed = _new_digest(self._file), 0
+            self._digest, self._hashed = new_digest(self._file.digest, self._file.nbytes), 0
         if self._hashed < position:
             with open(self._path, "rb") as file:
                 file.seek(self._hashed)
@@ -239,18 +238,9 @@ class _FileFetch:
         self._catch_up(size)
         self._fetch.done = self._base + size
         self._fetch.progress(self._fetch)
-        promised = self._file.digest.rpartition(":")[2]
-        return size == self._file.nbytes and bool(self._digest.hexdigest() == promised)
+        return size == self._file.nbytes and is_promised(self._file.digest, self._digest)
 
     def _discard(self) -> None:
         with suppress(OSError):
             self._path.unlink()
         self._fetch.done = self._base
-
-
-def _new_digest(file: RemoteFile) -> Any:
-    if file.digest.startswith("git-sha1:"):
-        made = hashlib.sha1(usedforsecurity=False)
-        made.update(b"blob %d\x00" % file.nbytes)  # git hashes its header, too
-        return made
-    return hashlib.sha256()

@@ -39,6 +39,7 @@ from lora_cache.state import Tier
 from lora_cache.store.index import Index, Row
 from lora_cache.store.locks import Hold, try_hold, wait_to_hold
 from lora_cache.store.origin import ORIGIN_FILE, Origin
+from lora_cache.store.whole import fault_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,16 @@ class Store:
             if path.is_dir():
                 found.append(Entry(row, path, in_use=free is None))
         return found
+
+    def verify(self, row: Row) -> str | None:
+        """What is wrong with an adapter, every byte of it read; None if nothing is."""
+        path = self._path_of(row)
+        if row.partial:
+            return f"{path} is not whole: its fetch has not ended"
+        if (hold := try_hold(path, exclusive=False)) is None:
+            return f"{path} is gone, or on its way out"
+        with hold:
+            return fault_of(path)
 
     # ------------------------------------------------------------------ what refs meant
 
