@@ -15,13 +15,15 @@ from lora_cache.adapter import Adapter
 from lora_cache.errors import (
     InvalidAdapterError,
     SourceError,
+    StoreError,
     UnsupportedAdapterError,
 )
 from lora_cache.manifest import CONFIG_FILE, FILES, check_config
 from lora_cache.sources.base import Body, Remote, RemoteFile, RemoteSource
 from lora_cache.store.digest import is_promised, new_digest
-from lora_cache.store.origin import Origin, OriginFile
-from lora_cache.store.store import Store, disk_error
+from lora_cache.store.files import disk_error, errors_of
+from lora_cache.store.origin import ORIGIN_FILE, Origin, OriginFile
+from lora_cache.store.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ _ATTEMPTS = 5  # in a row without a byte of progress
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _LONGEST_RETRY_AFTER_S = 30.0  # a source that asks for more is reported instead
 _CHUNK_BYTES = 1 << 20
+_REMOVALS = 3  # how often another process may remove what it has just fetched
 
 
 class FetchCancelledError(Exception):
@@ -81,36 +84,43 @@ class Fetch:
             StoreError: the disk is full or broken.
             FetchCancelledError: see `cancel`.
         """
-        remote = self.remote
-        with store.partial(remote.key, self.check) as partial:
-            if partial is None:
-                adapter = store.find(remote.key)
-                if adapter is None:
-                    raise SourceError(f"{remote.key} was fetched and removed meanwhile: try again")
+        for _ in range(_REMOVALS):
+            with store.partial(self.remote.key, self.check) as partial:
+                if partial is not None:
+                    return self._into(partial, store)
+            if (adapter := store.find(self.remote.key)) is not None:
                 return adapter
-            files = self._listed()
-            store.reserve(remote.key, self.total)
-            for stranger in set(os.listdir(partial)) - {file.name for file in files}:
+        raise StoreError(
+            f"{self.remote.key} is in {store.root}, but damaged or about to be removed, and other "
+            "processes still use it: try again when they are done"
+        )
+
+    def _into(self, partial: Path, store: Store) -> Adapter:
+        files = self._listed()
+        origin = self._origin(files)
+        store.reserve(partial, origin)
+        with errors_of(partial):
+            for stranger in set(os.listdir(partial)) - {*origin.files, ORIGIN_FILE}:
                 with suppress(OSError):
                     os.unlink(partial / stranger)
-            for file in files:
-                _FileFetch(self, partial / file.name, file).run()
-                if file.name == CONFIG_FILE:
-                    check_config(partial)  # before the weights are fetched for nothing
-            self.check()
-            ref = remote.ref
-            return store.publish(
-                partial,
-                Origin(
-                    digest=remote.key.digest,
-                    name=remote.key.name,
-                    source=ref.source,
-                    location=ref.location,
-                    revision=ref.revision,
-                    files={f.name: OriginFile(nbytes=f.nbytes, digest=f.digest) for f in files},
-                    fetched=time.time(),
-                ),
-            )
+        for file in files:
+            _FileFetch(self, partial / file.name, file).run()
+            if file.name == CONFIG_FILE:
+                check_config(partial)  # before the weights are fetched for nothing
+        self.check()
+        return store.publish(partial, origin)
+
+    def _origin(self, files: list[RemoteFile]) -> Origin:
+        remote = self.remote
+        return Origin(
+            digest=remote.key.digest,
+            name=remote.key.name,
+            source=remote.ref.source,
+            location=remote.ref.location,
+            revision=remote.ref.revision,
+            files={f.name: OriginFile(nbytes=f.nbytes, digest=f.digest) for f in files},
+            fetched=time.time(),
+        )
 
     def _listed(self) -> list[RemoteFile]:
         files = self.source.files(self.remote)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_cache.adapter import Adapter
-from lora_cache.errors import AdapterError, InvalidAdapterError
+from lora_cache.errors import AdapterError, AdapterNotFoundError, InvalidAdapterError
 from lora_cache.manifest import FILES, read_manifest, read_stamp
 from lora_cache.store.digest import is_promised, new_digest
-from lora_cache.store.origin import Origin
+from lora_cache.store.files import folder_of
+from lora_cache.store.origin import ORIGIN_FILE, Origin
 
 _CHUNK_BYTES = 1 << 20
 
@@ -20,8 +21,8 @@ def read_origin(path: Path) -> Origin:
         InvalidAdapterError: they have not, or it says nothing.
     """
     origin = Origin.read(path)
-    if sorted(origin.files) != sorted(FILES):
-        raise InvalidAdapterError(f"{path} is not whole: it does not say what {FILES} should be")
+    if folder_of(origin.key) != path.name or sorted(origin.files) != sorted(FILES):
+        raise InvalidAdapterError(f"{path} has an {ORIGIN_FILE} that is not its own")
     for name, file in origin.files.items():
         try:
             nbytes = (path / name).stat().st_size
@@ -42,6 +43,15 @@ def read_adapter(path: Path) -> Adapter:
     """
     origin = read_origin(path)
     return Adapter(origin.key, path, read_manifest(path), read_stamp(path))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the adapter at `path` is as `read_adapter` wants it."""
+    try:
+        read_adapter(path)
+    except (AdapterNotFoundError, InvalidAdapterError):
+        return False
+    return True
 
 
 def fault_of(path: Path) -> str | None:
