@@ -35,7 +35,8 @@ class Layout:
         for path in self._all:
             with errors_of(path):
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        burn(self.trash.iterdir())
+        with errors_of(self.trash):
+            burn(self.trash.iterdir())
 
     def path_of(self, row: Row) -> Path:
         return (self.partials if row.partial else self.adapters) / row.folder

@@ -245,8 +245,12 @@ class Store:
     # ------------------------------------------------------------------ removing
 
     def remove(self, rows: Iterable[Row]) -> list[Row]:
-        """Remove what no process uses.  Returns what is gone."""
-        self._open()
+        """Remove what no process uses.  Returns what is gone.
+
+        Raises:
+            StoreError: the store cannot be written.  A full disk or a damaged index is no reason.
+        """
+        self._layout.make()
         gone, trash = [], []
         with wait_to_hold(self.root):
             for row in rows:
@@ -368,7 +372,11 @@ class Store:
         with errors_of(path):
             target = self._layout.trash / uuid.uuid4().hex
             os.rename(path, target)
-        self._index.remove([path.name])
+        try:
+            self._index.remove([path.name])
+        except StoreError as error:  # a row without files counts for nothing
+            logger.info("%s; going on without", error)
+            self._is_open = False
         return target
 
     def _throw_away(self, path: Path) -> None:
