@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from lora_cache.store import Store
-from tests.hub.faults import Delay, Slow
+from tests.hub.faults import Answer, Delay, Slow
 from tests.hub.files import WEIGHTS, adapter_files
 from tests.hub.fixtures import Hub
 from tests.store.parts import check_agreement, check_idle, content_of
@@ -20,6 +21,14 @@ from tests.store.puller import POINTS, finish, pull_from
 NAMES = ["a", "b", "c", "d", "e"]
 KILLS = int(os.environ.get("LORA_CACHE_KILLS", "50"))
 SEED = int(os.environ.get("LORA_CACHE_SEED", "1"))
+
+
+class Trickle(Slow):
+    """Slow to the client only: olah gets stuck when it is cut off again and again."""
+
+    def spoil(self, answer: Answer, closing: threading.Event) -> None:
+        answer.body = iter([b"".join(answer.body)])
+        super().spoil(answer, closing)
 
 
 class Pulls:
@@ -74,7 +83,7 @@ def pulls(hub: Hub, tmp_path: Path) -> Pulls:
 
 def test_killed_at_any_moment(pulls: Pulls) -> None:
     rng = random.Random(SEED)
-    pulls.hub.proxy.on(Slow(1_000_000), WEIGHTS, times=None)
+    pulls.hub.proxy.on(Trickle(1_000_000), WEIGHTS, times=None)
     pulls.hub.proxy.on(Delay(0.02), "/api/", times=None)
     kills = 0
     while kills < KILLS:
@@ -111,7 +120,7 @@ def test_killed_where_it_matters(pulls: Pulls, after: bool) -> None:
 
 
 def test_nobody_waits_for_the_dead(pulls: Pulls) -> None:
-    rule = pulls.hub.proxy.on(Slow(100_000), WEIGHTS, times=None)
+    rule = pulls.hub.proxy.on(Trickle(100_000), WEIGHTS, times=None)
     first = pull_from(pulls.hub, pulls.root, NAMES[:1])
     deadline = time.monotonic() + 10
     while not pulls.begun():
