@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_cache.adapter import AdapterRef
-from lora_cache.errors import StoreError
+from lora_cache.adapter import Adapter, AdapterRef
+from lora_cache.errors import InvalidAdapterError, StoreError
 from lora_cache.store import Store
 from lora_cache.store.origin import ORIGIN_FILE
 from tests.hub.files import CONFIG, WEIGHTS
@@ -73,9 +73,8 @@ def test_it_is_made_anew(store: Store, damage: str, is_open: bool) -> None:
     if not is_open:
         store.close()
     DAMAGES[damage](store.root / "index.sqlite")
-    assert names_in(store) == ["a1", "a2", "a0"]  # the files know the order
     bring(store, "a3")
-    assert names_in(store) == ["a1", "a2", "a0", "a3"]
+    assert names_in(store) == ["a1", "a2", "a0", "a3"]  # the files know the order
     check_agreement(store.root)
     if damage == "directory":
         assert list(store.root.glob("index.sqlite.not-ours-*/mine"))
@@ -229,3 +228,28 @@ def test_both_a_whole_adapter_and_a_part_of_it(store: Store) -> None:
     store.close()
     assert names_in(store) == ["a1", "a2", "a0"]
     check_idle(store.root)
+
+
+def test_what_was_removed_by_hand_counts_for_nothing(store: Store) -> None:
+    shutil.rmtree(next((store.root / "adapters").glob("a1-*")))
+    small = Store(store.root, max_bytes=3 * store.entries()[0].row.nbytes)
+    assert {row.name for row in small._index.rows()} == {"a0", "a1", "a2"}  # nobody has looked
+    bring(small, "a3")
+    assert names_in(store) == ["a2", "a0", "a3"]
+    shutil.rmtree(next((store.root / "adapters").glob("a2-*")))
+    store.close()
+    check_idle(store.root)
+
+
+def test_what_is_whole_again_is_not_thrown_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may have fetched it anew since this one looked."""
+
+    def damaged(path: Path) -> Adapter:
+        raise InvalidAdapterError("x")
+
+    monkeypatch.setattr("lora_cache.store.store.read_adapter", damaged)
+    assert store.find(key_of("a0")) is None
+    monkeypatch.undo()
+    assert store.find(key_of("a0")) is not None
