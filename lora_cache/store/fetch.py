@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -11,18 +10,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lora_cache.adapter import Adapter
 from lora_cache.errors import (
     InvalidAdapterError,
     SourceError,
+    StoreError,
     UnsupportedAdapterError,
 )
 from lora_cache.manifest import CONFIG_FILE, FILES, check_config
 from lora_cache.sources.base import Body, Remote, RemoteFile, RemoteSource
-from lora_cache.store.origin import Origin, OriginFile
-from lora_cache.store.store import Store, disk_error
+from lora_cache.store.digest import is_promised, new_digest
+from lora_cache.store.files import disk_error, errors_of
+from lora_cache.store.origin import ORIGIN_FILE, Origin, OriginFile
+from lora_cache.store.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _ATTEMPTS = 5  # in a row without a byte of progress
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _LONGEST_RETRY_AFTER_S = 30.0  # a source that asks for more is reported instead
 _CHUNK_BYTES = 1 << 20
+_REMOVALS = 3  # how often another process may remove what it has just fetched
 
 
 class FetchCancelledError(Exception):
@@ -82,36 +84,43 @@ class Fetch:
             StoreError: the disk is full or broken.
             FetchCancelledError: see `cancel`.
         """
-        remote = self.remote
-        with store.partial(remote.key, self.check) as partial:
-            if partial is None:
-                adapter = store.find(remote.key)
-                if adapter is None:
-                    raise SourceError(f"{remote.key} was fetched and removed meanwhile: try again")
+        for _ in range(_REMOVALS):
+            with store.partial(self.remote.key, self.check) as partial:
+                if partial is not None:
+                    return self._into(partial, store)
+            if (adapter := store.find(self.remote.key)) is not None:
                 return adapter
-            files = self._listed()
-            store.reserve(remote.key, self.total)
-            for stranger in set(os.listdir(partial)) - {file.name for file in files}:
+        raise StoreError(
+            f"{self.remote.key} is in {store.root}, but damaged or about to be removed, and other "
+            "processes still use it: try again when they are done"
+        )
+
+    def _into(self, partial: Path, store: Store) -> Adapter:
+        files = self._listed()
+        origin = self._origin(files)
+        store.reserve(partial, origin)
+        with errors_of(partial):
+            for stranger in set(os.listdir(partial)) - {*origin.files, ORIGIN_FILE}:
                 with suppress(OSError):
                     os.unlink(partial / stranger)
-            for file in files:
-                _FileFetch(self, partial / file.name, file).run()
-                if file.name == CONFIG_FILE:
-                    check_config(partial)  # before the weights are fetched for nothing
-            self.check()
-            ref = remote.ref
-            return store.publish(
-                partial,
-                Origin(
-                    digest=remote.key.digest,
-                    name=remote.key.name,
-                    source=ref.source,
-                    location=ref.location,
-                    revision=ref.revision,
-                    files={f.name: OriginFile(nbytes=f.nbytes, digest=f.digest) for f in files},
-                    fetched=time.time(),
-                ),
-            )
+        for file in files:
+            _FileFetch(self, partial / file.name, file).run()
+            if file.name == CONFIG_FILE:
+                check_config(partial)  # before the weights are fetched for nothing
+        self.check()
+        return store.publish(partial, origin)
+
+    def _origin(self, files: list[RemoteFile]) -> Origin:
+        remote = self.remote
+        return Origin(
+            digest=remote.key.digest,
+            name=remote.key.name,
+            source=remote.ref.source,
+            location=remote.ref.location,
+            revision=remote.ref.revision,
+            files={f.name: OriginFile(nbytes=f.nbytes, digest=f.digest) for f in files},
+            fetched=time.time(),
+        )
 
     def _listed(self) -> list[RemoteFile]:
         files = self.source.files(self.remote)
@@ -153,7 +162,7 @@ class _FileFetch:
         self._path = path
         self._file = file
         self._base = fetch.done  # bytes of the files before this one
-        self._digest = _new_digest(file)
+        self._digest = new_digest(file.digest, file.nbytes)
         self._hashed = 0  # how many bytes `_digest` has seen
 
     def run(self) -> None:
@@ -223,7 +232,7 @@ class _FileFetch:
     def _catch_up(self, position: int) -> None:
         """Have the digest of the first `position` bytes, which an earlier attempt left."""
         if self._hashed > position:
-            self._digest, self._hashed = _new_digest(self._file), 0
+            self._digest, self._hashed = new_digest(self._file.digest, self._file.nbytes), 0
         if self._hashed < position:
             with open(self._path, "rb") as file:
                 file.seek(self._hashed)
@@ -239,18 +248,9 @@ class _FileFetch:
         self._catch_up(size)
         self._fetch.done = self._base + size
         self._fetch.progress(self._fetch)
-        promised = self._file.digest.rpartition(":")[2]
-        return size == self._file.nbytes and bool(self._digest.hexdigest() == promised)
+        return size == self._file.nbytes and is_promised(self._file.digest, self._digest)
 
     def _discard(self) -> None:
         with suppress(OSError):
             self._path.unlink()
         self._fetch.done = self._base
-
-
-def _new_digest(file: RemoteFile) -> Any:
-    if file.digest.startswith("git-sha1:"):
-        made = hashlib.sha1(usedforsecurity=False)
-        made.update(b"blob %d\x00" % file.nbytes)  # git hashes its header, too
-        return made
-    return hashlib.sha256()
