@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -19,13 +18,22 @@ from lora_cache.errors import (
     InvalidAdapterError,
     LoraCacheError,
     SourceError,
+    StoreError,
     UnsupportedAdapterError,
 )
-from lora_cache.manifest import CONFIG_FILE, FILES, check_config
+from lora_cache.manifest import (
+    CONFIG_FILE,
+    FILES,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_FILE,
+    check_config,
+)
 from lora_cache.sources.base import Body, Remote, RemoteFile, RemoteSource
 from lora_cache.sources.patience import Patience
-from lora_cache.store.origin import Origin, OriginFile
-from lora_cache.store.store import Store, disk_error
+from lora_cache.store.digest import is_promised, new_digest
+from lora_cache.store.files import disk_error, errors_of
+from lora_cache.store.origin import ORIGIN_FILE, Origin, OriginFile
+from lora_cache.store.store import Store
 from lora_cache.threads import start
 
 logger = logging.getLogger(__name__)
@@ -36,6 +44,7 @@ _T = TypeVar("_T")
 _ATTEMPTS = 5  # in a row without a byte of progress
 _POLL_S = 0.05
 _CHUNK_BYTES = 1 << 20
+_REMOVALS = 3  # how often another process may remove what it has just fetched
 
 
 class FetchCancelledError(Exception):
@@ -94,51 +103,59 @@ class Fetch:
             StoreError: the disk is full or broken.
             FetchCancelledError: see `cancel`.
         """
-        remote = self.remote
-        with store.partial(remote.key, self.check) as partial:
-            if partial is None:
-                adapter = store.find(remote.key)
-                if adapter is None:
-                    raise SourceError(f"{remote.key} was fetched and removed meanwhile: try again")
+        for _ in range(_REMOVALS):
+            with store.partial(self.remote.key, self.check) as partial:
+                if partial is not None:
+                    return self._into(partial, store)
+            if (adapter := store.find(self.remote.key)) is not None:
                 return adapter
-            files = self._listed()
-            store.reserve(remote.key, self.total)
-            for stranger in set(os.listdir(partial)) - {file.name for file in files}:
+        raise StoreError(
+            f"{self.remote.key} is in {store.root}, but damaged or about to be removed, and other "
+            "processes still use it: try again when they are done"
+        )
+
+    def _into(self, partial: Path, store: Store) -> Adapter:
+        config, weights = self._listed()
+        origin = self._origin(config, weights)
+        with errors_of(partial):
+            for stranger in set(os.listdir(partial)) - {*origin.files, ORIGIN_FILE}:
                 with suppress(OSError):
                     os.unlink(partial / stranger)
-            base = 0
-            for file in files:
-                _FileFetch(self, partial / file.name, file, base).run()
-                base += file.nbytes
-                if file.name == CONFIG_FILE:
-                    check_config(partial)  # before the weights are fetched for nothing
-            self.check()
-            ref = remote.ref
-            return store.publish(
-                partial,
-                Origin(
-                    digest=remote.key.digest,
-                    name=remote.key.name,
-                    source=ref.source,
-                    location=ref.location,
-                    revision=ref.revision,
-                    files={f.name: OriginFile(nbytes=f.nbytes, digest=f.digest) for f in files},
-                    fetched=time.time(),
-                ),
-            )
+        _FileFetch(self, partial / config.name, config, base=0).run()
+        check_config(partial)  # before others make room, and weights come, for nothing
+        store.reserve(partial, origin)
+        _FileFetch(self, partial / weights.name, weights, base=config.nbytes).run()
+        self.check()
+        return store.publish(partial, origin)
 
-    def _listed(self) -> list[RemoteFile]:
-        files = self._call(self.source.files, self.remote)
-        if sorted(file.name for file in files) != sorted(FILES):
+    def _origin(self, *files: RemoteFile) -> Origin:
+        remote = self.remote
+        return Origin(
+            digest=remote.key.digest,
+            name=remote.key.name,
+            source=remote.ref.source,
+            location=remote.ref.location,
+            revision=remote.ref.revision,
+            files={f.name: OriginFile(nbytes=f.nbytes, digest=f.digest) for f in files},
+            fetched=time.time(),
+        )
+
+    def _listed(self) -> tuple[RemoteFile, RemoteFile]:
+        """Configuration and weights."""
+        files = {file.name: file for file in self._call(self.source.files, self.remote)}
+        if files.keys() != set(FILES):
             raise InvalidAdapterError(f"{self.remote.location} offers other files than {FILES}")
-        self.total = sum(file.nbytes for file in files)
+        config, weights = files[CONFIG_FILE], files[WEIGHTS_FILE]
+        if config.nbytes > MAX_CONFIG_BYTES:
+            raise InvalidAdapterError(f"{self.remote.location}: its {CONFIG_FILE} is too large")
+        self.total = config.nbytes + weights.nbytes
         if self.total > self.source.max_bytes:
             raise UnsupportedAdapterError(
                 f"{self.remote.location} has {self.total} bytes, and at most "
                 f"{self.source.max_bytes} are fetched: raise max_bytes of the source",
                 key=self.remote.key,
             )
-        return sorted(files, key=lambda file: file.name != CONFIG_FILE)
+        return config, weights
 
     def _call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Call a method of the source, which may hang; being cancelled is not to wait for it."""
@@ -160,8 +177,9 @@ class Fetch:
         while True:
             with self.errors():
                 piece = next(source, None)
-            if piece is None:
-                return
+                if piece is None:
+                    return
+                piece = bytes(piece)
             yield piece
 
     @contextmanager
@@ -200,7 +218,7 @@ class _FileFetch:
         self._path = path
         self._file = file
         self._base = base  # bytes of the files before this one
-        self._digest = _new_digest(file)
+        self._digest = new_digest(file.digest, file.nbytes)
         self._hashed = 0  # how many bytes `_digest` has seen
 
     def run(self) -> None:
@@ -241,6 +259,8 @@ class _FileFetch:
         fetch, limit = self._fetch, self._file.nbytes
         body = fetch.open(self._file, offset)
         try:
+            if body.offset not in (0, offset):
+                raise SourceError(f"{self._file.name}: another part came than was asked for")
             with open(self._path, "r+b" if body.offset else "wb") as out:
                 self._catch_up(body.offset)
                 out.seek(body.offset)
@@ -266,7 +286,7 @@ class _FileFetch:
     def _catch_up(self, position: int) -> None:
         """Have the digest of the first `position` bytes, which an earlier attempt left."""
         if self._hashed > position:
-            self._digest, self._hashed = _new_digest(self._file), 0
+            self._digest, self._hashed = new_digest(self._file.digest, self._file.nbytes), 0
         if self._hashed < position:
             with open(self._path, "rb") as file:
                 file.seek(self._hashed)
@@ -280,8 +300,7 @@ class _FileFetch:
     def _is_as_promised(self) -> bool:
         size = self._size()
         self._catch_up(size)
-        promised = self._file.digest.rpartition(":")[2]
-        whole = size == self._file.nbytes and bool(self._digest.hexdigest() == promised)
+        whole = size == self._file.nbytes and is_promised(self._file.digest, self._digest)
         if whole:
             self._fetch.advance(self._base + size)
         return whole
@@ -295,11 +314,3 @@ def _close_late(future: Future[Any]) -> None:
     """Give back a body that came when nobody wanted it any more."""
     if future.exception() is None and hasattr(body := future.result(), "close"):
         body.close()
-
-
-def _new_digest(file: RemoteFile) -> Any:
-    if file.digest.startswith("git-sha1:"):
-        made = hashlib.sha1(usedforsecurity=False)
-        made.update(b"blob %d\x00" % file.nbytes)  # git hashes its header, too
-        return made
-    return hashlib.sha256()

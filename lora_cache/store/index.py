@@ -1,21 +1,25 @@
 """The store's index: who was used when, and what refs meant.  One small SQLite file.
 
 The files are the truth: what is lost here is lost recency.  So nothing waits for the disk, and a
-damaged index is thrown away and made anew (`Store` fills it from the files).
+damaged index is thrown away and made anew (`Store` fills it from the files).  One that was written
+by another version is neither: it is refused.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from lora_cache.errors import StoreError
+from lora_cache.store.files import disk_error, disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +29,10 @@ create table if not exists adapters (
     partial integer not null, created real not null, used real not null, uses integer not null
 ) without rowid;
 create table if not exists refs (ref text primary key, digest text not null, name text not null);
-pragma user_version = 1;
+pragma user_version = 1
 """
+_VERSION = 1
+_COLUMNS = "folder, digest, name, nbytes, partial, created, used, uses"
 _BUSY_S = 30.0
 
 _T = TypeVar("_T")
@@ -56,6 +62,8 @@ class Row:
 class Index:
     """Thread-safe; several processes may have one file open.
 
+    Its methods raise StoreError if the file cannot be read or written.
+
     Args:
         rows: what the files say, for an index that is new or damaged.
     """
@@ -65,65 +73,47 @@ class Index:
         self._rows = rows
         self._lock = threading.RLock()
         self._database: sqlite3.Connection | None = None
-
-    @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Exclusive for threads and processes: the accounting of the store happens in here.
-
-        Raises:
-            StoreError: it cannot be written.
-        """
-        with self._lock:
-            database = self._mend(self._begin)
-            try:
-                yield database
-                database.execute("commit")
-            except BaseException as error:
-                with suppress(sqlite3.Error):
-                    database.execute("rollback")
-                if isinstance(error, sqlite3.Error):
-                    self.close()  # opened anew next time, and mended if need be
-                    raise StoreError(f"{self._path} cannot be used: {error}") from error
-                raise
+        self._identity: tuple[int, int] | None = None
 
     def rows(self) -> list[Row]:
         """All of them, longest unused first."""
-        with self.transaction() as database:
-            found = database.execute("select * from adapters order by used, folder").fetchall()
-        return [
-            Row(folder, digest, name, nbytes, bool(partial), created, used, uses)
-            for folder, digest, name, nbytes, partial, created, used, uses in found
-        ]
+
+        def read(database: sqlite3.Connection) -> list[Row]:
+            found = database.execute(f"select {_COLUMNS} from adapters order by used, folder")
+            return [
+                Row(folder, digest, name, nbytes, bool(partial), created, used, uses)
+                for folder, digest, name, nbytes, partial, created, used, uses in found
+            ]
+
+        return self._do(read, "begin")
 
     def put(self, row: Row) -> None:
-        with self.transaction() as database:
-            put(database, row)
+        self._do(lambda database: _put(database, row))
 
     def remove(self, folders: Iterable[str]) -> None:
-        with self.transaction() as database:
-            database.executemany(
-                "delete from adapters where folder = ?", [(folder,) for folder in folders]
-            )
+        names = [(folder,) for folder in folders]
+        if names:
+            self._do(lambda db: db.executemany("delete from adapters where folder = ?", names))
 
     def touch(self, folder: str, now: float) -> None:
         """Note a use."""
-        with self.transaction() as database:
-            database.execute(
-                "update adapters set used = max(used, ?), uses = uses + 1 where folder = ?",
-                (now, folder),
-            )
+        change = "update adapters set used = max(used, ?), uses = uses + 1 where folder = ?"
+        self._do(lambda database: database.execute(change, (now, folder)))
 
     def remember(self, ref: str, digest: str, name: str) -> None:
         """Note what `ref` means."""
-        with self.transaction() as database:
-            database.execute("insert or replace into refs values (?, ?, ?)", (ref, digest, name))
+        change = "insert or replace into refs (ref, digest, name) values (?, ?, ?)"
+        self._do(lambda database: database.execute(change, (ref, digest, name)))
 
     def meaning(self, ref: str) -> tuple[str, str] | None:
         """Digest and name of what `ref` last meant."""
-        with self.transaction() as database:
+
+        def read(database: sqlite3.Connection) -> tuple[str, str] | None:
             found = database.execute("select digest, name from refs where ref = ?", (ref,))
             row: tuple[str, str] | None = found.fetchone()
             return row
+
+        return self._do(read, "begin")
 
     def close(self) -> None:
         with self._lock:
@@ -131,15 +121,73 @@ class Index:
                 self._database.close()
                 self._database = None
 
+    # ------------------------------------------------------------------ transactions
+
+    def _do(self, step: Callable[[sqlite3.Connection], _T], begin: str = "begin immediate") -> _T:
+        """Do `step` in a transaction; if that fails, once more with the file opened anew.
+
+        Opening finds out what is wrong with the file, and mends it.
+        """
+        with self._lock:
+            try:
+                return self._try(step, begin)
+            except sqlite3.Error as error:
+                self.close()
+                if _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL):
+                    raise self._error(error) from error
+            try:
+                return self._try(step, begin)
+            except sqlite3.Error as error:
+                self.close()
+                raise self._error(error) from error
+
+    def _try(self, step: Callable[[sqlite3.Connection], _T], begin: str) -> _T:
+        if self._database is None or self._identity != _identity_of(self._path):
+            self.close()  # somebody removed it, or put another in its place
+            self._database = self._open()
+            self._identity = _identity_of(self._path)
+        try:
+            self._database.execute(begin)
+            done = step(self._database)
+            self._database.execute("commit")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._database.execute("rollback")
+            raise
+        return done
+
+    def _error(self, error: sqlite3.Error) -> StoreError:
+        if _code(error) == sqlite3.SQLITE_FULL or "disk is full" in str(error):
+            return disk_full(self._path)
+        return StoreError(f"{self._path} cannot be used: {error}")
+
     # ------------------------------------------------------------------ opening, mending
 
-    def _begin(self) -> sqlite3.Connection:
-        if self._database is None:
-            self._database = self._open()
-        self._database.execute("begin immediate")
-        return self._database
-
     def _open(self) -> sqlite3.Connection:
+        before = _identity_of(self._path)
+        try:
+            return self._connect()
+        except sqlite3.OperationalError as error:  # locked, read-only, no room: not damage
+            if not self._path.is_dir():
+                raise
+            damage: Exception = error
+        except sqlite3.DatabaseError as error:
+            damage = error
+        if before == _identity_of(self._path):  # else another process has mended it
+            logger.warning("%s is damaged (%s): rebuilding it from the files", self._path, damage)
+            self._clear_away()
+        return self._connect()
+
+    def _clear_away(self) -> None:
+        try:
+            if self._path.is_dir():
+                os.rename(self._path, f"{self._path}.not-ours-{time.time_ns()}")
+            for leftover in ("", "-journal"):
+                Path(f"{self._path}{leftover}").unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(self._path, error) from error
+
+    def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(
             self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
@@ -147,40 +195,35 @@ class Index:
             database.execute("pragma synchronous = off")
             if database.execute("pragma quick_check(1)").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("the quick check failed")
-            if database.execute("pragma user_version").fetchone() == (0,):
-                database.execute("begin immediate")
-                for statement in _SCHEMA.split(";"):
-                    database.execute(statement)
-                for row in self._rows():
-                    put(database, row)
-                database.execute("commit")
+            if _version(database) == 0:
+                self._fill(database)
+            if (version := _version(database)) != _VERSION:
+                raise StoreError(
+                    f"{self._path} was written by another version of lora-cache (format {version}; "
+                    f"this one knows {_VERSION}): give this one a store of its own, or remove the "
+                    "file if the other is not used any more (only recency is lost)"
+                )
+            _require_columns(database)
         except BaseException:
             database.close()
             raise
         return database
 
-    def _mend(self, step: Callable[[], _T]) -> _T:
-        """Do `step`; if the file is damaged, once more with a new one."""
-        try:
-            return step()
-        except sqlite3.OperationalError as error:  # locked, read-only, no room: not damage
-            self.close()
-            raise StoreError(f"{self._path} cannot be used: {error}") from error
-        except sqlite3.DatabaseError as error:
-            logger.warning("%s is damaged (%s): rebuilding it from the files", self._path, error)
-            self.close()
-        try:
-            for leftover in ("", "-journal"):
-                Path(f"{self._path}{leftover}").unlink(missing_ok=True)
-            return step()
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"{self._path} cannot be rebuilt: {error}") from error
+    def _fill(self, database: sqlite3.Connection) -> None:
+        """Make a new index of what the files say, unless another process is doing so."""
+        database.execute("begin immediate")
+        if _version(database) == 0:
+            for statement in _SCHEMA.split(";"):
+                database.execute(statement)
+            _require_columns(database)
+            for row in self._rows():
+                _put(database, row)
+        database.execute("commit")
 
 
-def put(database: sqlite3.Connection, row: Row) -> None:
-    """Write one row, in a transaction of the caller's."""
+def _put(database: sqlite3.Connection, row: Row) -> None:
     database.execute(
-        "insert or replace into adapters values (?, ?, ?, ?, ?, ?, ?, ?)",
+        f"insert or replace into adapters ({_COLUMNS}) values (?, ?, ?, ?, ?, ?, ?, ?)",
         (
             row.folder,
             row.digest,
@@ -192,3 +235,29 @@ def put(database: sqlite3.Connection, row: Row) -> None:
             row.uses,
         ),
     )
+
+
+def _version(database: sqlite3.Connection) -> int:
+    return int(database.execute("pragma user_version").fetchone()[0])
+
+
+def _require_columns(database: sqlite3.Connection) -> None:
+    try:
+        database.execute(f"select {_COLUMNS} from adapters limit 0")
+        database.execute("select ref, digest, name from refs limit 0")
+    except sqlite3.OperationalError as error:
+        if _code(error) != sqlite3.SQLITE_ERROR:
+            raise
+        raise sqlite3.DatabaseError(f"it has other tables: {error}") from error
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extension
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -6,6 +6,7 @@ It lies beside the adapter's files, so the index can be rebuilt from what is the
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -59,8 +60,10 @@ class Origin(BaseModel):
         return tuple(RemoteFile(n, f.nbytes, f.digest) for n, f in self.files.items())
 
     def write(self, directory: Path) -> None:
-        """Write it into `directory`."""
-        (directory / ORIGIN_FILE).write_text(self.model_dump_json(indent=1) + "\n")
+        """Write it into `directory`, at once."""
+        new = directory / f"{ORIGIN_FILE}.new"
+        new.write_text(self.model_dump_json(indent=1) + "\n")
+        os.replace(new, directory / ORIGIN_FILE)
 
     @classmethod
     def read(cls, directory: Path) -> Origin:

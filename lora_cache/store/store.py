@@ -13,12 +13,8 @@ one (`locks.py`).
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import logging
 import os
-import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -32,19 +28,22 @@ from lora_cache.errors import (
     DiskFullError,
     InvalidAdapterError,
     StoreError,
+    UnsupportedAdapterError,
 )
 from lora_cache.manifest import FILES, read_manifest, read_stamp
 from lora_cache.policies import PolicyLike, make_policy
 from lora_cache.state import Tier
+from lora_cache.store.files import errors_of, folder_of, folders_in, sync
 from lora_cache.store.index import Index, Row
-from lora_cache.store.locks import Hold, try_hold, wait_to_hold
+from lora_cache.store.layout import Layout, burn, empty
+from lora_cache.store.locks import Hold, hold_soon, try_hold, wait_to_hold
 from lora_cache.store.origin import ORIGIN_FILE, Origin
+from lora_cache.store.victims import victims
+from lora_cache.store.whole import fault_of, is_whole, read_adapter
 
 logger = logging.getLogger(__name__)
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _POLL_S = 0.05
-_MAX_REPLAYED = 64  # uses of one adapter that a policy is told of
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +76,10 @@ class Store:
         self.root = root
         self.max_bytes = max_bytes
         self._policy = policy
-        self._index = Index(root / "index.sqlite", self._rows_on_disk)
+        self._layout = Layout(root)
+        self._index = Index(root / "index.sqlite", self._rebuild)
         self._is_open = False
+        self._fetching: dict[Path, Hold] = {}
 
     # ------------------------------------------------------------------ looking
 
@@ -88,19 +89,25 @@ class Store:
         Raises:
             StoreError: the store cannot be read.
         """
-        folder = folder_of(key)
-        path = self._adapters / folder
-        if not path.is_dir():
+        path = self._layout.adapters / folder_of(key)
+        with errors_of(path):
+            hold = hold_soon(path) if path.is_dir() else None
+        if hold is None:
             return None
-        self._open()
-        try:
-            adapter = Adapter(key, path, read_manifest(path), read_stamp(path))
-        except (AdapterNotFoundError, InvalidAdapterError) as error:
-            if path.is_dir():  # not merely removed this moment
+        with hold:
+            try:
+                adapter = read_adapter(path)
+            except (AdapterNotFoundError, InvalidAdapterError) as error:
                 logger.warning("%s is damaged and will be fetched anew: %s", path, error)
+                adapter = None
+            else:
+                with suppress(OSError):
+                    os.utime(path)
+        if adapter is None:
+            with wait_to_hold(self.root):
                 self._throw_away(path)
             return None
-        self._index.touch(folder, time.time())
+        self._note(lambda: self._index.touch(path.name, time.time()))
         return adapter
 
     def hold(self, adapter: Adapter) -> Hold | None:
@@ -108,18 +115,25 @@ class Store:
 
         Adapters that are not in this store are not its to hold: that returns a hold on nothing.
         """
-        if adapter.path.parent != self._adapters:
+        if adapter.path.parent != self._layout.adapters:
             return Hold.nothing()
-        return try_hold(adapter.path, exclusive=False)
+        hold = hold_soon(adapter.path)
+        return None if hold is None else hold.as_use()
 
     def entries(self) -> list[Entry]:
-        """What is here, longest unused first."""
-        if not self.root.is_dir():
-            return []
-        self._open()
+        """What is here, longest unused first.  A store that cannot be written is read as it is."""
+        with errors_of(self.root):
+            if not self._layout.adapters.is_dir():
+                return []
+            try:
+                self._open()
+                rows = self._index.rows()
+            except StoreError as error:
+                logger.info("%s; looking at the files instead", error)
+                rows = list(self._layout.rows())
         found = []
-        for row in self._index.rows():
-            path = self._path_of(row)
+        for row in self._layout.by_use(rows):
+            path = self._layout.path_of(row)
             free = try_hold(path, exclusive=True)
             if free is not None:
                 free.release()
@@ -127,19 +141,31 @@ class Store:
                 found.append(Entry(row, path, in_use=free is None))
         return found
 
+    def verify(self, row: Row) -> str | None:
+        """What is wrong with an adapter, every byte of it read; None if nothing is."""
+        path = self._layout.path_of(row)
+        if row.partial:
+            return f"{path} is not whole: its fetch has not ended"
+        if (hold := hold_soon(path)) is None:
+            return f"{path} is gone, or on its way out"
+        with hold:
+            return fault_of(path)
+
     # ------------------------------------------------------------------ what refs meant
 
     def remember(self, ref: AdapterRef, key: AdapterKey) -> None:
         """Note that `ref` meant `key`, for times without a network."""
-        self._open()
-        self._index.remember(_text(ref), key.digest, key.name)
+        self._note(lambda: self._index.remember(_text(ref), key.digest, key.name))
 
     def meaning(self, ref: AdapterRef) -> AdapterKey | None:
         """What `ref` last meant."""
         if not self.root.is_dir():
             return None
-        self._open()
-        found = self._index.meaning(_text(ref))
+        try:
+            found = self._index.meaning(_text(ref))
+        except StoreError as error:
+            logger.info("%s; not known what %s meant", error, ref)
+            return None
         return None if found is None else AdapterKey(*found)
 
     # ------------------------------------------------------------------ bringing in
@@ -148,7 +174,8 @@ class Store:
     def partial(self, key: AdapterKey, check: Callable[[], None]) -> Iterator[Path | None]:
         """A directory to fetch `key` into, for one thread of one process at a time.
 
-        Whole files that an earlier fetch left in it are the caller's to use.
+        What an earlier fetch left in it is the caller's to use.  It stays when the caller fails,
+        but for want of room (then others get the room), or because it can never be an adapter.
 
         Args:
             check: called while another process is waited for; raises to give up.
@@ -157,36 +184,38 @@ class Store:
             None if the adapter is here: another process was faster.
         """
         self._open()
-        path = self._partials / folder_of(key)
-        while True:
-            if (self._adapters / path.name).is_dir():
-                yield None
-                return
-            with _errors_of(path):
-                path.mkdir(mode=0o700, exist_ok=True)
-            if (hold := try_hold(path, exclusive=True)) is not None:
-                break
-            check()
-            time.sleep(_POLL_S)
+        path = self._layout.partials / folder_of(key)
+        hold = self._hold_partial(path, check)
+        if hold is None:
+            yield None
+            return
         with hold:
-            yield path
+            self._fetching[path] = hold
+            try:
+                yield path
+            except (DiskFullError, InvalidAdapterError, UnsupportedAdapterError):
+                empty(path)
+                raise
+            finally:
+                del self._fetching[path]
+                self._drop_if_empty(path)
 
-    def reserve(self, key: AdapterKey, nbytes: int) -> None:
-        """Set room aside for what `partial` gave a directory for; makes room if need be.
+    def reserve(self, partial: Path, origin: Origin) -> None:
+        """Set room aside for what is to be fetched into `partial`; makes room if need be.
 
         Raises:
             DiskFullError: the budget cannot hold it, or what is in the way is in use.
         """
         now = time.time()
-        own = Row(folder_of(key), key.digest, key.name, nbytes, True, now, now)
+        own = Row(partial.name, origin.digest, origin.name, origin.nbytes, True, now, now)
         trash: list[Path] = []
-        try:
-            with wait_to_hold(self.root):  # one at a time, over all processes
-                if self.max_bytes is not None:
-                    trash = self._make_room(own, self.max_bytes)
-                self._index.put(own)
-        finally:
-            self._burn(trash)
+        with wait_to_hold(self.root):  # one at a time, over all processes
+            if self.max_bytes is not None:
+                trash = self._make_room(own, self.max_bytes)
+            with errors_of(partial):
+                origin.write(partial)  # so that the files alone say what was reserved
+            self._index.put(own)
+        burn(trash)
 
     def publish(self, partial: Path, origin: Origin) -> Adapter:
         """Make what was fetched into `partial` an adapter of the store: whole, at once, for good.
@@ -195,29 +224,39 @@ class Store:
             AdapterError: what was fetched is no adapter that can be served.
         """
         manifest = read_manifest(partial)
-        path = self._adapters / partial.name
-        with _errors_of(path):
+        path = self._layout.adapters / partial.name
+        now = time.time()
+        row = Row(path.name, origin.digest, origin.name, origin.nbytes, False, now, now, 1)
+        with errors_of(path):
             origin.write(partial)
             for name in (*FILES, ORIGIN_FILE, "."):
-                _sync(partial / name)
-            os.rename(partial, path)
-            _sync(self._adapters)
-        now = time.time()
-        self._index.put(
-            Row(path.name, origin.digest, origin.name, origin.nbytes, False, now, now, 1)
-        )
+                sync(partial / name)
+            with wait_to_hold(self.root):
+                os.rename(partial, path)
+                if (hold := self._fetching.get(partial)) is not None:
+                    hold.share()
+                try:
+                    self._index.put(row)
+                except StoreError as error:  # it is here all the same
+                    logger.info("%s; going on without", error)
+                    self._is_open = False
+            sync(self._layout.adapters)
         return Adapter(origin.key, path, manifest, read_stamp(path))
 
     # ------------------------------------------------------------------ removing
 
     def remove(self, rows: Iterable[Row]) -> list[Row]:
         """Remove what no process uses.  Returns what is gone."""
+        self._open()
         gone, trash = [], []
-        for row in rows:
-            if (path := self._discard(row)) is not None:
-                gone.append(row)
-                trash.append(path)
-        self._burn(trash)
+        with wait_to_hold(self.root):
+            for row in rows:
+                path = self._layout.path_of(row)
+                if (hold := try_hold(path, exclusive=True)) is not None:
+                    with hold:
+                        trash.append(self._take_out(path))
+                    gone.append(row)
+        burn(trash)
         return gone
 
     def close(self) -> None:
@@ -227,157 +266,121 @@ class Store:
 
     # ------------------------------------------------------------------ inside
 
-    @property
-    def _adapters(self) -> Path:
-        return self.root / "adapters"
-
-    @property
-    def _partials(self) -> Path:
-        return self.root / "partial"
-
-    @property
-    def _trash(self) -> Path:
-        return self.root / "trash"
-
-    def _path_of(self, row: Row) -> Path:
-        return (self._partials if row.partial else self._adapters) / row.folder
-
     def _open(self) -> None:
         """Make the directories, and let index and files agree."""
-        if self._is_open:
+        if self._is_open and self._layout.is_there():
             return
-        with _errors_of(self.root):
-            for path in (self._adapters, self._partials, self._trash):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._burn(list(self._trash.iterdir()))
-            known = {self._path_of(row) for row in self._index.rows()}
-            there = {*self._adapters.iterdir(), *self._partials.iterdir()}
-            for path in there - known:
-                if (row := self._row_of(path)) is not None:
-                    self._index.put(row)
-            self._index.remove({path.name for path in known} - {path.name for path in there})
-        self._is_open = True
+        with errors_of(self.root):
+            self._layout.make()
+            with wait_to_hold(self.root):
+                self._is_open = True
+                try:
+                    self._reconcile()
+                except BaseException:
+                    self._is_open = False
+                    raise
 
-    def _rows_on_disk(self) -> Iterator[Row]:
-        """What the files say."""
-        for path in (*self._adapters.iterdir(), *self._partials.iterdir()):
-            if (row := self._row_of(path)) is not None:
-                yield row
+    def _rebuild(self) -> Iterator[Row]:
+        """Fill a new index."""
+        self._is_open = False  # what is not whole is thrown away when it is opened again
+        return self._layout.rows()
 
-    def _row_of(self, path: Path) -> Row | None:
-        """What its files say of one directory; an adapter that is not whole is thrown away."""
+    def _note(self, step: Callable[[], None]) -> None:
+        """Write down what is of use later: a store that is full or read-only does without."""
         try:
-            used = path.stat().st_mtime
-            sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-            if path.parent == self._partials:
-                name = path.name.rpartition("-")[0]
-                return Row(path.name, "", name, sum(sizes.values()), True, used, used)
-            origin = Origin.read(path)
-            if any(sizes.get(name) != file.nbytes for name, file in origin.files.items()):
-                raise InvalidAdapterError(f"{path} is not whole")
-            return Row(
-                path.name, origin.digest, origin.name, origin.nbytes, False, origin.fetched, used
-            )
-        except (InvalidAdapterError, OSError) as error:
-            logger.warning("%s does not belong here (%s): it is removed", path, error)
+            self._open()
+            step()
+        except StoreError as error:
+            logger.info("%s; going on without", error)
+            self._is_open = False  # index and files may disagree
+
+    def _reconcile(self) -> None:
+        """What the files say goes into the index; what is in neither state goes away."""
+        layout = self._layout
+        whole, parts = set(folders_in(layout.adapters)), set(folders_in(layout.partials))
+        for path in [path for path in parts if layout.adapters / path.name in whole]:
+            parts.discard(path)
             self._throw_away(path)
-            return None
+        known = {self._layout.path_of(row): row for row in self._index.rows()}
+        for path in (whole | parts) - known.keys():
+            if (row := self._layout.row_of(path)) is not None:
+                self._index.put(row)
+            else:
+                self._throw_away(path)
+        here = {path.name for path in whole | parts}
+        self._index.remove({row.folder for row in known.values()} - here)
+
+    def _hold_partial(self, path: Path, check: Callable[[], None]) -> Hold | None:
+        """None if the adapter is here by now."""
+        twin = self._layout.adapters / path.name
+        while True:
+            with errors_of(path):
+                if twin.is_dir():
+                    return None
+                path.mkdir(mode=0o700, exist_ok=True)
+            if (hold := try_hold(path, exclusive=True)) is not None:
+                if not twin.is_dir():
+                    return hold
+                with hold:
+                    self._drop_if_empty(path)  # it was published between the two looks
+                return None
+            check()
+            time.sleep(_POLL_S)
+
+    def _drop_if_empty(self, path: Path) -> None:
+        """Forget a fetch that left nothing."""
+        if not path.is_dir():
+            return
+        with suppress(OSError, StoreError), wait_to_hold(self.root):
+            path.rmdir()
+            if not (self._layout.adapters / path.name).is_dir():
+                self._index.remove([path.name])
 
     def _make_room(self, newcomer: Row, max_bytes: int) -> list[Path]:
-        """Evict until `newcomer` fits; what is returned is to be burned."""
+        """Evict until `newcomer` fits, or nobody; what is returned is to be burned."""
         rows = [row for row in self._index.rows() if row.folder != newcomer.folder]
+        gone = [row for row in rows if not self._layout.path_of(row).is_dir()]
+        self._index.remove(row.folder for row in gone)
+        rows = self._layout.by_use(row for row in rows if row not in gone)
         excess = sum(row.nbytes for row in rows) + newcomer.nbytes - max_bytes
-        trash = []
-        for row in self._victims(rows) if excess > 0 else ():
-            if (gone := self._discard(row)) is not None:
-                trash.append(gone)
-                excess -= row.nbytes
-            if excess <= 0:
-                return trash
-        if excess > 0:
-            self._burn(trash)
-            raise DiskFullError(
-                f"{newcomer.name} needs {newcomer.nbytes} bytes on disk; disk_bytes={max_bytes} "
-                f"does not leave them in {self.root}, where all else is in use: raise disk_bytes",
-                tier=Tier.DISK,
-            )
-        return trash
+        taken: list[tuple[Path, Hold]] = []
+        try:
+            for row in victims(self._policy, rows):
+                if excess <= 0:
+                    break
+                path = self._layout.path_of(row)
+                if (hold := try_hold(path, exclusive=True)) is not None:
+                    taken.append((path, hold))
+                    excess -= row.nbytes
+            if excess > 0:
+                raise DiskFullError(
+                    f"{newcomer.name} needs {newcomer.nbytes} bytes on disk, and disk_bytes="
+                    f"{max_bytes} leaves {max(0, newcomer.nbytes - excess)} in {self.root} beside "
+                    "what is in use: raise disk_bytes, or let adapters go that are loaded",
+                    tier=Tier.DISK,
+                )
+            return [self._take_out(path) for path, _ in taken]
+        finally:
+            for _, hold in taken:
+                hold.release()
 
-    def _victims(self, rows: list[Row]) -> Iterator[Row]:
-        """Who goes first: fetches that broke off, then as the policy says.
-
-        Args:
-            rows: by last use.
-        """
-        yield from (row for row in rows if row.partial)
-        policy = make_policy(self._policy)
-        whole = {AdapterKey(row.folder): row for row in rows if not row.partial}
-        for key, row in whole.items():
-            policy.on_insert(key, row.nbytes, float(row.nbytes), row.used)
-            for _ in range(min(row.uses, _MAX_REPLAYED)):
-                policy.on_access(key, row.used)
-        for key in policy.rank_victims(rows[-1].used if rows else 0.0):
-            yield whole[key]
-
-    def _discard(self, row: Row) -> Path | None:
-        """Take an adapter out of the store, if nobody uses it; what is returned is to be burned."""
-        path = self._path_of(row)
-        hold = try_hold(path, exclusive=True)
-        if hold is None:
-            if not path.is_dir():
-                self._index.remove([row.folder])
-            return None
-        with hold, _errors_of(path):
-            target = self._trash / uuid.uuid4().hex
+    def _take_out(self, path: Path) -> Path:
+        """Take a directory that is held out of the store; what is returned is to be burned."""
+        with errors_of(path):
+            target = self._layout.trash / uuid.uuid4().hex
             os.rename(path, target)
-        self._index.remove([row.folder])
+        self._index.remove([path.name])
         return target
 
     def _throw_away(self, path: Path) -> None:
         """Take out what is damaged, unless somebody uses it all the same."""
-        if (hold := try_hold(path, exclusive=True)) is not None:
-            with hold, suppress(OSError):
-                os.rename(path, target := self._trash / uuid.uuid4().hex)
-                self._burn([target])
-
-    def _burn(self, paths: Iterable[Path]) -> None:
-        for path in paths:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def folder_of(key: AdapterKey) -> str:
-    """The name of the directory of `key`: readable, safe, and one to one."""
-    name = _UNSAFE.sub("-", key.name)[:64].strip(".-") or "adapter"
-    return f"{name}-{hashlib.sha256(key.digest.encode()).hexdigest()[:16]}"
+        if (hold := try_hold(path, exclusive=True)) is None:
+            return
+        with hold, suppress(StoreError):  # of a store that cannot be written
+            if path.parent == self._layout.adapters and is_whole(path):
+                return  # published anew meanwhile
+            burn([self._take_out(path)])
 
 
 def _text(ref: AdapterRef) -> str:
     return f"{ref.source}:{ref}"
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold it: a crash of the machine, too, leaves nothing that only looks whole."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def disk_error(path: Path, error: OSError) -> StoreError:
-    """What an operating system's error about `path` means for us."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskFullError(
-            f"the disk is full: {path} could not be written; free some room (lora-cache prune), or "
-            "set disk_bytes below what the disk holds",
-            tier=Tier.DISK,
-        )
-    return StoreError(f"{path} cannot be used: {error.strerror or error}")
-
-
-@contextmanager
-def _errors_of(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise disk_error(path, error) from error
