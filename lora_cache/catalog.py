@@ -14,7 +14,7 @@ from cachetools import TTLCache
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.errors import CacheClosedError, ConfigError, LoraCacheError, SourceError
-from lora_cache.sources import RemoteSource, Source, load_source
+from lora_cache.sources import Remote, RemoteSource, Source, load_source
 from lora_cache.store import DiskTier, Progress
 from lora_cache.store.disk import Interest
 from lora_cache.store.pool import Urgency
@@ -172,6 +172,9 @@ class Catalog:
         try:
             async with self._asking[ref.source]:
                 found = await asyncio.wrap_future(start(source.resolve, ref))
+            if isinstance(found, Remote):
+                # The names of files and what is in them is made of these.
+                f"{found.key.digest}{found.key.name}{ref.location}{ref.revision}".encode()
         except LoraCacheError:
             raise
         except Exception as error:  # a source that breaks its contract: still one clear error

@@ -106,7 +106,8 @@ class Fetch:
         for _ in range(_REMOVALS):
             with store.partial(self.remote.key, self.check) as partial:
                 if partial is not None:
-                    return self._into(partial, store)
+                    with self._naming(partial):
+                        return self._into(partial, store)
             if (adapter := store.find(self.remote.key)) is not None:
                 return adapter
         raise StoreError(
@@ -128,6 +129,15 @@ class Fetch:
         self.check()
         return store.publish(partial, origin)
 
+    @contextmanager
+    def _naming(self, partial: Path) -> Iterator[None]:
+        """Have errors name what was asked for, not a directory that nobody knows."""
+        try:
+            yield
+        except (InvalidAdapterError, UnsupportedAdapterError) as error:
+            said = str(error).replace(str(partial), self.remote.location)
+            raise type(error)(said, key=self.remote.key) from error.__cause__
+
     def _origin(self, *files: RemoteFile) -> Origin:
         remote = self.remote
         return Origin(
@@ -142,7 +152,9 @@ class Fetch:
 
     def _listed(self) -> tuple[RemoteFile, RemoteFile]:
         """Configuration and weights."""
-        files = {file.name: file for file in self._call(self.source.files, self.remote)}
+        listed = self._call(self.source.files, self.remote)
+        with self.errors():
+            files = {file.name: file for file in listed}
         if files.keys() != set(FILES):
             raise InvalidAdapterError(f"{self.remote.location} offers other files than {FILES}")
         config, weights = files[CONFIG_FILE], files[WEIGHTS_FILE]
