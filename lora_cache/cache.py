@@ -128,6 +128,7 @@ class AsyncLoraCache:
         await asyncio.gather(*(feed.close() for feed in list(self._feeds)))
         if self._status is not None:
             await self._status.close()
+        self._catalog.close()
         await self._disk.close()
         await self._driver.close()
 

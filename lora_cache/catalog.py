@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +13,19 @@ from pathlib import Path
 from cachetools import TTLCache
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
-from lora_cache.errors import ConfigError, LoraCacheError, SourceError
-from lora_cache.sources import RemoteSource, Source, load_source
+from lora_cache.errors import CacheClosedError, ConfigError, LoraCacheError, SourceError
+from lora_cache.sources import Remote, RemoteSource, Source, load_source
 from lora_cache.store import DiskTier, Progress
 from lora_cache.store.disk import Interest
 from lora_cache.store.pool import Urgency
+from lora_cache.threads import start
 
 logger = logging.getLogger(__name__)
 
 #: How a caller may name an adapter.
 AdapterLike = AdapterRef | str | os.PathLike[str]
 
-
+_ASKING = 16  # questions to one source at a time
 _STALE_S = 10.0  # between questions to a source that does not answer
 _MAX_STALE = 100_000
 
@@ -65,6 +67,11 @@ class Catalog:
         self._by_key: dict[AdapterKey, Adapter] = {}
         self._resolving: dict[AdapterRef, _Resolution] = {}
         self._stale: TTLCache[AdapterRef, Adapter] = TTLCache(_MAX_STALE, _STALE_S)
+        # One source that does not answer is not to hold up the others.
+        self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(_ASKING)
+        )
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._by_ref)
@@ -113,6 +120,7 @@ class Catalog:
             AdapterError: it is missing, malformed, denied, or cannot be served by this engine.
             SourceError: its source does not answer, and it is not on this machine.
             StoreError: there is no room for it on disk.
+            CacheClosedError: `close` was called meanwhile.
         """
         if (adapter := self.current(ref)) is not None:
             self._register(adapter)
@@ -128,11 +136,22 @@ class Catalog:
         resolution.waiting += 1
         try:
             return await asyncio.shield(resolution.task)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self._closed and not (caller and caller.cancelling()):
+                raise CacheClosedError("the cache was closed") from None
+            raise
         finally:
             resolution.waiting -= 1
             if not resolution.waiting and not resolution.task.done():
                 self._forget(ref, resolution.task)
                 resolution.task.cancel()
+
+    def close(self) -> None:
+        """Give up what is being resolved."""
+        self._closed = True
+        for resolution in self._resolving.values():
+            resolution.task.cancel()
 
     async def _read(self, ref: AdapterRef, interest: Interest) -> Adapter:
         source = self._sources.get(ref.source)
@@ -151,7 +170,11 @@ class Catalog:
 
     async def _get(self, ref: AdapterRef, source: Source, interest: Interest) -> Adapter:
         try:
-            found = await asyncio.to_thread(source.resolve, ref)
+            async with self._asking[ref.source]:
+                found = await asyncio.wrap_future(start(source.resolve, ref))
+            if isinstance(found, Remote):
+                # The names of files and what is in them is made of these.
+                f"{found.key.digest}{found.key.name}{ref.location}{ref.revision}".encode()
         except LoraCacheError:
             raise
         except Exception as error:  # a source that breaks its contract: still one clear error
@@ -164,7 +187,9 @@ class Catalog:
 
     async def _last_known(self, ref: AdapterRef, error: SourceError) -> Adapter:
         """What `ref` meant when its source last answered, if that is on this machine."""
-        adapter = await self._disk.last(ref)
+        adapter = self._by_ref.get(ref)
+        if adapter is None or not adapter.is_unchanged():
+            adapter = await self._disk.last(ref)
         if adapter is None:
             raise error
         logger.warning("%s; using %s, which it meant last", error, adapter.key.digest)

@@ -25,7 +25,7 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE)  #: what vLLM reads of an adapter
 Stamp = tuple[tuple[int, ...], ...]
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
-_MAX_CONFIG_BYTES = 4 << 20
+MAX_CONFIG_BYTES = 4 << 20
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
 
@@ -180,8 +180,8 @@ def _read_config(directory: Path) -> _PeftConfig:
         if not path.is_file() and path.exists():
             raise InvalidAdapterError(f"{path} is not a regular file: copy the adapter again")
         with open(path, "rb") as file:
-            text = file.read(_MAX_CONFIG_BYTES + 1)
-        if len(text) > _MAX_CONFIG_BYTES:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+        if len(text) > MAX_CONFIG_BYTES:
             raise InvalidAdapterError(
                 f"{path} is larger than any adapter's configuration: copy the adapter again"
             )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 
 from lora_cache.adapter import AdapterRef
-from lora_cache.errors import AdapterNotFoundError
+from lora_cache.errors import AdapterNotFoundError, ConfigError, LoraCacheError
 from lora_cache.sources.base import Body, Remote, RemoteFile, RemoteSource, Source
 from lora_cache.sources.hub import HubSource
 from lora_cache.sources.local import LocalSource
@@ -39,10 +39,18 @@ def load_source(ref: AdapterRef, known: Iterable[str] = ()) -> Source:
 
     Raises:
         AdapterNotFoundError: there is none of that name.
+        ConfigError: it cannot be made.
     """
     for point in entry_points(group=_GROUP, name=ref.source):
-        factory: Callable[[], Source] = point.load()
-        return factory()
+        try:
+            factory: Callable[[], Source] = point.load()
+            return factory()
+        except LoraCacheError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"{ref}: the source {ref.source!r} ({point.value}) cannot be loaded: {error}"
+            ) from error
     names = sorted({*known, *(point.name for point in entry_points(group=_GROUP))})
     raise AdapterNotFoundError(
         f"{ref}: no source named {ref.source!r} is configured (there is: {', '.join(names)})"

@@ -1,7 +1,8 @@
 """Adapters on the Hugging Face Hub.
 
-huggingface_hub resolves, lists and authenticates; the files are streamed by `http.py`, because its
-downloads can be neither limited, nor capped, nor cancelled.
+huggingface_hub knows the addresses, the user's token and the layout of the user's cache.  The
+requests are made by `http.py`, because huggingface_hub's can be neither limited, nor capped, nor
+cancelled, and some of them have no timeout.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from cachetools import TTLCache
+from cachetools import LRUCache, TTLCache
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.errors import (
@@ -26,13 +27,14 @@ from lora_cache.errors import (
 )
 from lora_cache.manifest import CONFIG_FILE, FILES, WEIGHTS_FILE, read_manifest, read_stamp
 from lora_cache.sources.base import Body, Remote, RemoteFile
-from lora_cache.sources.http import HttpClient, status_error
+from lora_cache.sources.http import HttpClient
 
 logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _MAX_REMEMBERED = 100_000
 _MOST_BYTES = 16 << 30
+_STALE_S = 10.0  # for so long, what a ref meant when the Hub last answered is believed
 
 
 class HubSource:
@@ -76,8 +78,10 @@ class HubSource:
         self._orgs = None if orgs is None else frozenset(orgs)
         self._cache_dir = cache_dir
         self._timeout_s = timeout_s
-        self._http = HttpClient(timeout_s)
+        self._http = HttpClient(timeout_s, _explain)
         self._commits: TTLCache[AdapterRef, str] = TTLCache(_MAX_REMEMBERED, ttl_s)
+        self._stale: TTLCache[AdapterRef, str] = TTLCache(_MAX_REMEMBERED, _STALE_S)
+        self._last: LRUCache[AdapterRef, str] = LRUCache(_MAX_REMEMBERED)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -96,39 +100,70 @@ class HubSource:
 
     def is_current(self, ref: AdapterRef, adapter: Adapter) -> bool:
         if ref.revision is None or not _COMMIT.fullmatch(ref.revision):
-            with self._lock:
-                commit = self._commits.get(ref)
+            commit = self._believed(ref)
             if commit is None or not adapter.key.digest.endswith(f"@{commit}"):
                 return False
         return adapter.is_unchanged()
 
+    def _believed(self, ref: AdapterRef) -> str | None:
+        """The commit of a branch or tag, if there is no need to ask for it."""
+        with self._lock:
+            return self._commits.get(ref) or self._stale.get(ref)
+
     def _commit_of(self, ref: AdapterRef) -> str:
         if ref.revision is not None and _COMMIT.fullmatch(ref.revision):
             return ref.revision
-        with self._lock:
-            if (known := self._commits.get(ref)) is not None:
-                return known
+        if (known := self._believed(ref)) is not None:
+            return known
         try:
             commit = self._ask(ref)
         except SourceError as error:
-            commit = self._last_in_users_cache(ref, error)
-        with self._lock:
-            self._commits[ref] = commit
+            commit = self._last_known(ref, error)
+            with self._lock:
+                self._stale[ref] = commit
+        else:
+            with self._lock:
+                self._commits[ref] = self._last[ref] = commit
         return commit
 
     def _ask(self, ref: AdapterRef) -> str:
-        from huggingface_hub import HfApi, constants
+        revision = quote(ref.revision or "main", safe="")
+        found = self._ask_for(ref, f"{ref.location}/revision/{revision}")
+        commit = found.get("sha") if isinstance(found, dict) else None
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise SourceError(f"the Hub names no commit for {ref}")
+        return commit
+
+    def _last_known(self, ref: AdapterRef, error: SourceError) -> str:
+        with self._lock:
+            commit = self._last.get(ref)
+        if commit is None:
+            path = self._in_users_cache(ref.location, ref.revision)
+            commit = path.name if path is not None else ""
+        if not _COMMIT.fullmatch(commit):
+            raise error
+        logger.warning("%s; using commit %s, the last one that is known", error, commit[:12])
+        return commit
+
+    def _ask_for(self, ref: AdapterRef, path: str, form: Mapping[str, Any] | None = None) -> Any:
+        """What the Hub's API answers about a model."""
+        from huggingface_hub import constants
+
+        endpoint = (self._endpoint or constants.ENDPOINT).rstrip("/")
+        return self._http.ask(f"{endpoint}/api/models/{path}", self._headers(ref), str(ref), form)
+
+    def _headers(self, ref: AdapterRef) -> dict[str, str]:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import LocalTokenNotFoundError, build_hf_headers
 
         if constants.HF_HUB_OFFLINE:
             raise SourceError(f"{ref} cannot be looked up: HF_HUB_OFFLINE is set")
-        with self._errors(ref):
-            api = HfApi(endpoint=self._endpoint, token=self._token)
-            found = api.model_info(
-                ref.location, revision=ref.revision or "main", timeout=self._timeout_s
-            )
-        if not _COMMIT.fullmatch(found.sha or ""):
-            raise SourceError(f"the Hub names no commit for {ref}")
-        return str(found.sha)
+        try:
+            return dict(build_hf_headers(token=self._token))
+        except LocalTokenNotFoundError as error:
+            raise AccessDeniedError(
+                f"{ref}: no token is there to be used; set HF_TOKEN, or run `hf auth login`"
+            ) from error
 
     # ------------------------------------------------------------------ the user's own cache
 
@@ -152,44 +187,32 @@ class HubSource:
                 )
         return Path(str(found[0])).parent
 
-    def _last_in_users_cache(self, ref: AdapterRef, error: SourceError) -> str:
-        path = self._in_users_cache(ref.location, ref.revision)
-        if path is None or not _COMMIT.fullmatch(path.name):
-            raise error
-        logger.warning("%s; using commit %s of the Hugging Face cache", error, path.name[:12])
-        return path.name
-
     # ------------------------------------------------------------------ fetching
 
     def files(self, remote: Remote) -> tuple[RemoteFile, ...]:
-        from huggingface_hub import HfApi, constants
-        from huggingface_hub.hf_api import RepoFile
-
         repo_id, _, commit = remote.location.rpartition("@")
-        if constants.HF_HUB_OFFLINE:
-            raise SourceError(f"{remote.ref} is not on this machine, and HF_HUB_OFFLINE is set")
-        with self._errors(remote.ref):
-            api = HfApi(endpoint=self._endpoint, token=self._token)
-            listed = api.get_paths_info(repo_id, list(FILES), revision=commit)
-        found = {entry.path: entry for entry in listed if isinstance(entry, RepoFile)}
+        listed = self._ask_for(
+            remote.ref, f"{repo_id}/paths-info/{commit}", {"paths": list(FILES), "expand": False}
+        )
+        entries = listed if isinstance(listed, list) else []
+        found = {e["path"]: e for e in entries if isinstance(e, dict) and e.get("type") == "file"}
         for name in FILES:
             if name not in found:
                 raise AdapterNotFoundError(
                     f"{remote.ref} has no {name}: give a repository that holds one adapter as "
                     "peft's save_pretrained writes it (a pickle .bin must be converted first)"
                 )
-        return tuple(_remote_file(found[name]) for name in FILES)
+        return tuple(_remote_file(name, found[name], remote) for name in FILES)
 
     def open(self, remote: Remote, file: RemoteFile, offset: int) -> Body:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
 
         repo_id, _, commit = remote.location.rpartition("@")
         url = hf_hub_url(repo_id, file.name, revision=commit, endpoint=self._endpoint)
-        headers = build_hf_headers(token=self._token)
+        headers = self._headers(remote.ref)
         return self._http.open(url, headers, offset, f"{file.name} of {remote.ref}")
 
-    # ------------------------------------------------------------------ trust, errors
+    # ------------------------------------------------------------------ trust
 
     def _require_allowed(self, ref: AdapterRef) -> None:
         org = ref.location.partition("/")[0]
@@ -198,39 +221,29 @@ class HubSource:
                 f"{ref}: adapters may come from {', '.join(sorted(self._orgs)) or 'nobody'} only"
             )
 
-    @contextmanager
-    def _errors(self, ref: AdapterRef) -> Iterator[None]:
-        """huggingface_hub's errors, and those of whatever HTTP client it uses, as ours."""
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
 
-        try:
-            yield
-        except LoraCacheError:
-            raise
-        except GatedRepoError as error:
-            raise AccessDeniedError(
-                f"{ref} is gated: ask its owners for access, and set HF_TOKEN"
-            ) from error
-        except RepositoryNotFoundError as error:
-            raise AdapterNotFoundError(
-                f"{ref} is not on the Hub, or private: check the name, and set HF_TOKEN"
-            ) from error
-        except RevisionNotFoundError as error:
-            raise AdapterNotFoundError(f"{ref.location} has no revision {ref.revision}") from error
-        except HfHubHTTPError as error:
-            raise status_error(error.response, str(ref)) from error
-        except Exception as error:  # it has changed its HTTP client before, and will again
-            raise SourceError(
-                f"the Hub does not answer for {ref} ({type(error).__name__})"
-            ) from error
+def _explain(code: str, what: str) -> LoraCacheError | None:
+    """What the Hub means by its ``X-Error-Code``."""
+    match code:
+        case "GatedRepo":
+            return AccessDeniedError(
+                f"{what} is gated: ask its owners for access, and set HF_TOKEN"
+            )
+        case "RepoNotFound":
+            return AdapterNotFoundError(
+                f"{what} is not on the Hub, or private: check the name, and set HF_TOKEN"
+            )
+        case "RevisionNotFound":
+            return AdapterNotFoundError(f"{what}: the repository has no such revision")
+        case "DisabledRepo":
+            return AccessDeniedError(f"{what} was disabled by the Hub")
+    return None
 
 
-def _remote_file(entry: Any) -> RemoteFile:
-    if entry.lfs is not None:
-        return RemoteFile(entry.path, int(entry.lfs.size), f"sha256:{entry.lfs.sha256}")
-    return RemoteFile(entry.path, int(entry.size), f"git-sha1:{entry.blob_id}")
+def _remote_file(name: str, entry: Mapping[str, Any], remote: Remote) -> RemoteFile:
+    try:
+        if (lfs := entry.get("lfs")) is not None:
+            return RemoteFile(name, int(lfs["size"]), f"sha256:{lfs['oid']}")
+        return RemoteFile(name, int(entry["size"]), f"git-sha1:{entry['oid']}")
+    except (KeyError, TypeError, ValueError):
+        raise SourceError(f"{remote.ref}: the Hub describes {name} in an unknown way") from None

@@ -6,30 +6,43 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from lora_cache.adapter import Adapter
 from lora_cache.errors import (
     InvalidAdapterError,
+    LoraCacheError,
     SourceError,
     StoreError,
     UnsupportedAdapterError,
 )
-from lora_cache.manifest import CONFIG_FILE, FILES, check_config
+from lora_cache.manifest import (
+    CONFIG_FILE,
+    FILES,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_FILE,
+    check_config,
+)
 from lora_cache.sources.base import Body, Remote, RemoteFile, RemoteSource
+from lora_cache.sources.patience import Patience
 from lora_cache.store.digest import is_promised, new_digest
 from lora_cache.store.files import disk_error, errors_of
 from lora_cache.store.origin import ORIGIN_FILE, Origin, OriginFile
 from lora_cache.store.store import Store
+from lora_cache.threads import start
 
 logger = logging.getLogger(__name__)
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 _ATTEMPTS = 5  # in a row without a byte of progress
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
-_LONGEST_RETRY_AFTER_S = 30.0  # a source that asks for more is reported instead
+_POLL_S = 0.05
 _CHUNK_BYTES = 1 << 20
 _REMOVALS = 3  # how often another process may remove what it has just fetched
 
@@ -70,6 +83,12 @@ class Fetch:
         if self._stopped.is_set():
             raise FetchCancelledError(f"the fetch of {self.remote.key} was cancelled")
 
+    def advance(self, done: int) -> None:
+        """Report progress; what must be fetched once more is not reported twice."""
+        if done > self.done:
+            self.done = done
+            self.progress(self)
+
     def pause(self, seconds: float) -> None:
         """Sleep, or be cancelled."""
         self._stopped.wait(seconds)
@@ -87,7 +106,8 @@ class Fetch:
         for _ in range(_REMOVALS):
             with store.partial(self.remote.key, self.check) as partial:
                 if partial is not None:
-                    return self._into(partial, store)
+                    with self._naming(partial):
+                        return self._into(partial, store)
             if (adapter := store.find(self.remote.key)) is not None:
                 return adapter
         raise StoreError(
@@ -96,21 +116,29 @@ class Fetch:
         )
 
     def _into(self, partial: Path, store: Store) -> Adapter:
-        files = self._listed()
-        origin = self._origin(files)
-        store.reserve(partial, origin)
+        config, weights = self._listed()
+        origin = self._origin(config, weights)
         with errors_of(partial):
             for stranger in set(os.listdir(partial)) - {*origin.files, ORIGIN_FILE}:
                 with suppress(OSError):
                     os.unlink(partial / stranger)
-        for file in files:
-            _FileFetch(self, partial / file.name, file).run()
-            if file.name == CONFIG_FILE:
-                check_config(partial)  # before the weights are fetched for nothing
+        _FileFetch(self, partial / config.name, config, base=0).run()
+        check_config(partial)  # before others make room, and weights come, for nothing
+        store.reserve(partial, origin)
+        _FileFetch(self, partial / weights.name, weights, base=config.nbytes).run()
         self.check()
         return store.publish(partial, origin)
 
-    def _origin(self, files: list[RemoteFile]) -> Origin:
+    @contextmanager
+    def _naming(self, partial: Path) -> Iterator[None]:
+        """Have errors name what was asked for, not a directory that nobody knows."""
+        try:
+            yield
+        except (InvalidAdapterError, UnsupportedAdapterError) as error:
+            said = str(error).replace(str(partial), self.remote.location)
+            raise type(error)(said, key=self.remote.key) from error.__cause__
+
+    def _origin(self, *files: RemoteFile) -> Origin:
         remote = self.remote
         return Origin(
             digest=remote.key.digest,
@@ -122,24 +150,64 @@ class Fetch:
             fetched=time.time(),
         )
 
-    def _listed(self) -> list[RemoteFile]:
-        files = self.source.files(self.remote)
-        self.check()
-        if sorted(file.name for file in files) != sorted(FILES):
+    def _listed(self) -> tuple[RemoteFile, RemoteFile]:
+        """Configuration and weights."""
+        listed = self._call(self.source.files, self.remote)
+        with self.errors():
+            files = {file.name: file for file in listed}
+        if files.keys() != set(FILES):
             raise InvalidAdapterError(f"{self.remote.location} offers other files than {FILES}")
-        self.total = sum(file.nbytes for file in files)
+        config, weights = files[CONFIG_FILE], files[WEIGHTS_FILE]
+        if config.nbytes > MAX_CONFIG_BYTES:
+            raise InvalidAdapterError(f"{self.remote.location}: its {CONFIG_FILE} is too large")
+        self.total = config.nbytes + weights.nbytes
         if self.total > self.source.max_bytes:
             raise UnsupportedAdapterError(
                 f"{self.remote.location} has {self.total} bytes, and at most "
                 f"{self.source.max_bytes} are fetched: raise max_bytes of the source",
                 key=self.remote.key,
             )
-        return sorted(files, key=lambda file: file.name != CONFIG_FILE)
+        return config, weights
+
+    def _call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Call a method of the source, which may hang; being cancelled is not to wait for it."""
+        self.check()
+        future = start(function, *args, **kwargs)
+        try:
+            while not wait([future], _POLL_S).done:
+                self.check()
+        except FetchCancelledError:
+            future.add_done_callback(_close_late)
+            raise
+        with self.errors():
+            return future.result()
+
+    def pieces(self, body: Body) -> Iterator[bytes]:
+        """What `body` yields; its errors, but none of who uses the pieces."""
+        with self.errors():
+            source = iter(body)
+        while True:
+            with self.errors():
+                piece = next(source, None)
+                if piece is None:
+                    return
+                piece = bytes(piece)
+            yield piece
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Of a source that breaks its contract: still one clear error."""
+        try:
+            yield
+        except (LoraCacheError, FetchCancelledError):
+            raise
+        except Exception as error:
+            name = self.remote.ref.source
+            raise SourceError(f"{self.remote.ref}: the source {name!r} failed: {error}") from error
 
     def open(self, file: RemoteFile, offset: int) -> Body:
         """Begin to read; from now on `cancel` closes what is read."""
-        self.check()
-        body = self.source.open(self.remote, file, offset)
+        body = self._call(self.source.open, self.remote, file, offset)
         with self._lock:
             self._body = body
         if self._stopped.is_set():
@@ -157,21 +225,20 @@ class Fetch:
 class _FileFetch:
     """One file of a fetch."""
 
-    def __init__(self, fetch: Fetch, path: Path, file: RemoteFile) -> None:
+    def __init__(self, fetch: Fetch, path: Path, file: RemoteFile, base: int) -> None:
         self._fetch = fetch
         self._path = path
         self._file = file
-        self._base = fetch.done  # bytes of the files before this one
+        self._base = base  # bytes of the files before this one
         self._digest = new_digest(file.digest, file.nbytes)
         self._hashed = 0  # how many bytes `_digest` has seen
 
     def run(self) -> None:
         """Have the whole, verified file at `path`."""
-        attempts, damaged = 0, False
+        patience, damaged, most = Patience(_ATTEMPTS), False, self._size()
         while True:
-            before = self._size()
             try:
-                if before < self._file.nbytes or before == 0:
+                if (before := self._size()) < self._file.nbytes or before == 0:
                     self._receive(before)
                 if self._is_as_promised():
                     return
@@ -184,12 +251,11 @@ class _FileFetch:
                 damaged = True
             except SourceError as error:
                 self._fetch.check()
-                attempts = 1 if self._size() > before else attempts + 1
-                if attempts >= _ATTEMPTS or error.retry_after_s > _LONGEST_RETRY_AFTER_S:
-                    raise
-                pause_s = min(_FIRST_PAUSE_S * 2**attempts, _LONGEST_PAUSE_S)
-                logger.info("%s; trying again", error)
-                self._fetch.pause(max(pause_s, error.retry_after_s))
+                # Without Range each attempt begins anew, so progress is what was never reached.
+                pause_s = patience.pause_after(error, progress=self._size() > most)
+                most = max(most, self._size())
+                logger.info("%s; trying again in %.1f s", error, pause_s)
+                self._fetch.pause(pause_s)
             except OSError as error:
                 self._discard()  # what is there helps nobody, and others need the room
                 raise disk_error(self._path, error) from error
@@ -205,24 +271,24 @@ class _FileFetch:
         fetch, limit = self._fetch, self._file.nbytes
         body = fetch.open(self._file, offset)
         try:
+            if body.offset not in (0, offset):
+                raise SourceError(f"{self._file.name}: another part came than was asked for")
             with open(self._path, "r+b" if body.offset else "wb") as out:
                 self._catch_up(body.offset)
                 out.seek(body.offset)
                 out.truncate()
                 position = body.offset
-                for piece in body:
+                for piece in self._fetch.pieces(body):
                     fetch.check()
                     fetch.throttle(len(piece), fetch._stopped)
                     position += len(piece)
                     if position > limit:
-                        # More than was promised: not one byte beyond the cap reaches the disk.
-                        out.truncate(0)
-                        raise SourceError(f"{self._file.name} is longer than {limit} bytes")
+                        out.truncate(0)  # not one byte more than was promised reaches the disk
+                        return
                     out.write(piece)
                     self._digest.update(piece)
                     self._hashed = position
-                    fetch.done = self._base + position
-                    fetch.progress(fetch)
+                    fetch.advance(self._base + position)
             fetch.check()
         finally:
             fetch.close()
@@ -246,11 +312,17 @@ class _FileFetch:
     def _is_as_promised(self) -> bool:
         size = self._size()
         self._catch_up(size)
-        self._fetch.done = self._base + size
-        self._fetch.progress(self._fetch)
-        return size == self._file.nbytes and is_promised(self._file.digest, self._digest)
+        whole = size == self._file.nbytes and is_promised(self._file.digest, self._digest)
+        if whole:
+            self._fetch.advance(self._base + size)
+        return whole
 
     def _discard(self) -> None:
         with suppress(OSError):
             self._path.unlink()
-        self._fetch.done = self._base
+
+
+def _close_late(future: Future[Any]) -> None:
+    """Give back a body that came when nobody wanted it any more."""
+    if future.exception() is None and hasattr(body := future.result(), "close"):
+        body.close()

@@ -66,7 +66,10 @@ class FetchPool:
         """
         with self._changed:
             job = self._jobs.get(fetch.remote.key)
-            if job is None:
+            if self._closed:
+                job = Job(fetch, urgency, next(self._numbers))
+                job.future.cancel()
+            elif job is None:
                 job = Job(fetch, urgency, next(self._numbers))
                 fetch.throttle = self._throttle_for(fetch.source)
                 self._jobs[fetch.remote.key] = job

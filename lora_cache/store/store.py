@@ -28,6 +28,7 @@ from lora_cache.errors import (
     DiskFullError,
     InvalidAdapterError,
     StoreError,
+    UnsupportedAdapterError,
 )
 from lora_cache.manifest import FILES, read_manifest, read_stamp
 from lora_cache.policies import PolicyLike, make_policy
@@ -174,7 +175,7 @@ class Store:
         """A directory to fetch `key` into, for one thread of one process at a time.
 
         What an earlier fetch left in it is the caller's to use.  It stays when the caller fails,
-        but for want of room: then others get the room.
+        but for want of room (then others get the room), or because it can never be an adapter.
 
         Args:
             check: called while another process is waited for; raises to give up.
@@ -192,7 +193,7 @@ class Store:
             self._fetching[path] = hold
             try:
                 yield path
-            except DiskFullError:
+            except (DiskFullError, InvalidAdapterError, UnsupportedAdapterError):
                 empty(path)
                 raise
             finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -76,6 +77,14 @@ class HubRepos:
         """The full commit of a branch, tag or commit."""
         return self._git(name, "rev-parse", "--verify", f"{revision}^{{commit}}").strip()
 
+    def content(self, name: str, revision: str, path: str) -> bytes:
+        """A file as clients get it, also from LFS."""
+        content = self._git_bytes(name, "cat-file", "blob", f"{revision}:{path}")
+        found = re.match(rb"version https://git-lfs.*?\noid sha256:([0-9a-f]{64})\n", content)
+        if found is None:
+            return content
+        return lfs_path(self.path(name), found[1].decode()).read_bytes()
+
     def delete(self, name: str) -> None:
         """Deletes a repository, or an organization with all that it has."""
         shutil.rmtree(self.path(name), ignore_errors=True)
@@ -90,6 +99,9 @@ class HubRepos:
         return f"{head}\noid sha256:{oid}\nsize {len(content)}\n".encode()
 
     def _git(self, name: str, *arguments: str, stdin: bytes | None = None) -> str:
+        return self._git_bytes(name, *arguments, stdin=stdin).decode()
+
+    def _git_bytes(self, name: str, *arguments: str, stdin: bytes | None = None) -> bytes:
         # The user's own configuration (signing, hooks) must not matter.
         identity = {"NAME": "rig", "EMAIL": "rig@example.org"}
         environment = {
@@ -114,7 +126,7 @@ class HubRepos:
         )
         if done.returncode:
             raise RuntimeError(f"git {arguments[0]} in {name}: {done.stderr.decode()}")
-        return done.stdout.decode()
+        return done.stdout
 
 
 def lfs_path(repository: Path, oid: str) -> Path:
