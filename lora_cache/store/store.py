@@ -28,6 +28,7 @@ from pathlib import Path
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.errors import (
+    AdapterError,
     AdapterNotFoundError,
     DiskFullError,
     InvalidAdapterError,
@@ -35,6 +36,7 @@ from lora_cache.errors import (
 )
 from lora_cache.manifest import FILES, read_manifest, read_stamp
 from lora_cache.policies import PolicyLike, make_policy
+from lora_cache.sources.base import RemoteFile
 from lora_cache.state import Tier
 from lora_cache.store.index import Index, Row
 from lora_cache.store.locks import Hold, try_hold, wait_to_hold
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _POLL_S = 0.05
+_CHUNK_BYTES = 1 << 20
 _MAX_REPLAYED = 64  # uses of one adapter that a policy is told of
 
 
@@ -126,6 +129,23 @@ class Store:
             if path.is_dir():
                 found.append(Entry(row, path, in_use=free is None))
         return found
+
+    def verify(self, row: Row) -> str | None:
+        """Read all of one adapter.  Returns what is wrong with it, or None."""
+        path = self._path_of(row)
+        try:
+            for file in Origin.read(path).remote_files:
+                content = path / file.name
+                if content.stat().st_size != file.nbytes:
+                    return f"{file.name} has another size than its source promised"
+                if digest_of(content, file) != file.digest:
+                    return f"{file.name} has another digest than its source promised"
+            read_manifest(path)
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror or error}"
+        except AdapterError as error:
+            return str(error)
+        return None
 
     # ------------------------------------------------------------------ what refs meant
 
@@ -349,6 +369,18 @@ def folder_of(key: AdapterKey) -> str:
     """The name of the directory of `key`: readable, safe, and one to one."""
     name = _UNSAFE.sub("-", key.name)[:64].strip(".-") or "adapter"
     return f"{name}-{hashlib.sha256(key.digest.encode()).hexdigest()[:16]}"
+
+
+def digest_of(path: Path, promised: RemoteFile) -> str:
+    """The digest of a file's content, of the kind that was promised."""
+    kind, digest = "sha256", hashlib.sha256()
+    if promised.digest.startswith("git-sha1:"):
+        kind, digest = "git-sha1", hashlib.sha1(usedforsecurity=False)
+        digest.update(b"blob %d\x00" % promised.nbytes)  # git hashes its header, too
+    with open(path, "rb") as file:
+        while piece := file.read(_CHUNK_BYTES):
+            digest.update(piece)
+    return f"{kind}:{digest.hexdigest()}"
 
 
 def _text(ref: AdapterRef) -> str:
