@@ -33,7 +33,7 @@ def ls(
     directories: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[DIR]...",
+            metavar="DIR",
             help="Adapters, or directories of adapters; without any, what is in the store.",
             show_default=False,
         ),

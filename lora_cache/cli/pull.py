@@ -41,7 +41,7 @@ _INTERRUPTED = "interrupted: what has arrived is kept"
 def pull(
     refs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[REF]...", help="org/name[@revision].", show_default=False),
+        typer.Argument(metavar="REF", help="org/name[@revision].", show_default=False),
     ] = None,
     file: Annotated[
         typer.FileText | None,
