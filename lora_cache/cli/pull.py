@@ -93,6 +93,10 @@ class _Pull:
     holds: list[Any] = field(default_factory=list)
 
     async def everything(self, refs: list[str]) -> None:
+        # Slow to import; not to be counted as the first adapter's seconds.
+        import huggingface_hub.hf_api  # noqa: F401
+        import requests  # noqa: F401
+
         from lora_cache.catalog import Catalog
         from lora_cache.sources import default_sources
 
