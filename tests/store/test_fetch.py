@@ -31,4 +31,6 @@ def test_an_adapter_comes(hub: Hub, tmp_path: Path) -> None:
     commit = hub.repos.create(hub.name("sql"), files)
     adapter = fetch(hub, tmp_path / "store", hub.name("sql"))
     assert adapter.key.digest == f"hub:{hub.name('sql')}@{commit}"
-    assert {path.name: path.read_bytes() for path in adapter.path.iterdir() if path.name in files} == files
+    assert {
+        path.name: path.read_bytes() for path in adapter.path.iterdir() if path.name in files
+    } == files
