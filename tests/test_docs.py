@@ -22,6 +22,7 @@ PACKAGES = [
     "lora_cache.engines",
     "lora_cache.policies",
     "lora_cache.sources",
+    "lora_cache.store",
     "lora_cache.testing",
 ]
 LAZY = {"lora_cache": ["LLM"]}  # see test_import.py

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_cache._version import __version__
-from lora_cache.cli import demo, ls, status
+from lora_cache.cli import demo, ls, prune, pull, status, verify
 from lora_cache.cli.output import Commands
 
 app = typer.Typer(
@@ -19,7 +19,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(demo.demo)
+app.command()(pull.pull)
 app.command()(ls.ls)
+app.command()(verify.verify)
+app.command()(prune.prune)
 app.command()(status.status)
 
 
@@ -38,7 +41,7 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    """Look at LoRA adapters, and at the caches that serve them on this machine."""
+    """Fetch LoRA adapters, look at them, and at the caches that serve them on this machine."""
 
 
 def main() -> None:

@@ -37,6 +37,26 @@ def make_console() -> Console:
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
+def make_progress(*columns: Any) -> Any:
+    """A `rich.progress.Progress` on stderr, which shows nothing if that is no terminal."""
+    from rich.progress import Progress
+
+    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def print_failures(console: Console, failures: Iterable[tuple[str, str]]) -> None:
+    """Print a line for each: what it concerns, and what is wrong."""
+    for name, error in failures:
+        line = Text(f"{one_line(name)}: ", style="bold red")
+        console.print(line.append(one_line(error), style="not bold"))
+
+
+def plural(number: int, noun: str) -> str:
+    """``2, "adapter"`` → ``2 adapters``."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document."""
     typer.echo(json.dumps(value, indent=2))

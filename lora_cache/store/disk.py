@@ -59,7 +59,8 @@ class DiskTier:
 
     Args:
         root: directory of the store; ``store`` in `cache_home`, if None.
-        max_bytes, policy: see `Store`.
+        max_bytes: budget for the store, or None.
+        policy: who leaves when it is reached; see `Store`.
         workers: fetches at a time.
     """
 
