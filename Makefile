@@ -20,7 +20,7 @@ test: .venv/.ready-dev
 	$(BIN)/python -m pytest $(ARGS)
 
 fast: .venv/.ready-dev
-	$(BIN)/python -m pytest -m "not vllm and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not vllm and not gpu and not hub" $(ARGS)
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .

@@ -3,7 +3,16 @@
 import os
 import tempfile
 
+import pytest
+
 pytest_plugins = ["tests.real.engines", "tests.hub.fixtures"]
 
 # Caches that tests open are no business of `lora-cache status`.
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need the Hub server are marked, so that the fast ones can be run without."""
+    for item in items:
+        if "hub_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.hub)
