@@ -72,7 +72,8 @@ def test_a_server_that_says_nothing_is_left_at_once(hub: Hub, tmp_path: Path, pl
                 await task
         return start
 
-    assert time.monotonic() - asyncio.run(main()) < PROMPT_S
+    start = asyncio.run(main())
+    assert time.monotonic() - start < PROMPT_S
 
 
 @pytest.mark.parametrize("place", [RESOLVE, LIST, WEIGHTS], ids=["resolve", "list", "weights"])
@@ -90,7 +91,8 @@ def test_a_pause_is_left_at_once(hub: Hub, tmp_path: Path, place: str) -> None:
                 await task
         return start
 
-    assert time.monotonic() - asyncio.run(main()) < PROMPT_S
+    start = asyncio.run(main())
+    assert time.monotonic() - start < PROMPT_S
 
 
 @PLACES
@@ -113,7 +115,8 @@ def test_closing_is_prompt_and_says_so(hub: Hub, tmp_path: Path, place: str) -> 
             await _refuses(cache, names[0])
         return start
 
-    assert time.monotonic() - asyncio.run(main()) < PROMPT_S
+    start = asyncio.run(main())
+    assert time.monotonic() - start < PROMPT_S
 
 
 async def _refuses(cache: AsyncLoraCache, name: str) -> None:
@@ -135,7 +138,8 @@ def test_closing_ends_a_stalled_body(hub: Hub, tmp_path: Path) -> None:
                 await task
         return start
 
-    assert time.monotonic() - asyncio.run(main()) < PROMPT_S
+    start = asyncio.run(main())
+    assert time.monotonic() - start < PROMPT_S
 
 
 def test_only_the_last_one_to_leave_ends_it(hub: Hub, tmp_path: Path) -> None:

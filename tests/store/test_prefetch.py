@@ -110,6 +110,26 @@ def test_a_lease_overtakes_speculation(hub: Hub, tmp_path: Path, queued_already:
     asyncio.run(main())
 
 
+def test_a_lease_is_next_when_all_are_busy(hub: Hub, tmp_path: Path) -> None:
+    names = many(hub, 5)
+    hub.proxy.on(Stall(100), f"{names[0]}/.*{WEIGHTS}", times=None)
+
+    async def main() -> None:
+        async with cache_on(hub, tmp_path, fetch_workers=1) as cache:
+            first = asyncio.ensure_future(cache.prefetch(names[0], tier="disk"))
+            await until(lambda: started(hub))
+            others = asyncio.ensure_future(cache.prefetch(names[1:-1], tier="disk"))
+            queue = cache._disk._pool._queue
+            await until(lambda: len(queue) == 3)
+            lease = asyncio.ensure_future(cache.lease(names[-1]).__aenter__())
+            await until(lambda: len(queue) == 4)
+            first.cancel()
+            await asyncio.gather(lease, others)
+
+    asyncio.run(main())
+    assert started(hub)[:2] == [names[0], names[-1]]
+
+
 def test_a_lease_that_joins_a_running_speculation_frees_its_place(hub: Hub, tmp_path: Path) -> None:
     names = many(hub, 3)
     hub.proxy.on(Stall(100), f"{names[0]}/.*{WEIGHTS}", times=None)

@@ -176,6 +176,26 @@ def test_what_was_never_here_is_an_error_that_says_why(
         assert not hub.proxy.requests
 
 
+def test_it_serves_no_longer_than_need_be(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was believed for want of an answer is not believed for as long as an answer."""
+    monkeypatch.setattr("lora_cache.sources.hub._STALE_S", 0.2)
+    monkeypatch.setattr("lora_cache.sources.http._SILENT_S", 0.0)
+    repo = Repo(hub)
+    path = repo.snapshot()
+    rule = hub.proxy.on(Drop(), times=None)
+    client = Client(hub, tmp_path, ttl_s=1000)
+    assert client.get(repo.name).path == path
+    hub.proxy.off(rule)
+    new = hub.repos.commit(repo.name, adapter_files(8_000, seed=9))
+    asked = len(hub.proxy.requests)
+    assert client.get(repo.name).path == path
+    assert len(hub.proxy.requests) == asked
+    time.sleep(0.25)
+    assert client.get(repo.name).key.digest.endswith(new)
+
+
 def test_a_new_commit_that_cannot_be_fetched_leaves_the_old_one_serving(
     hub: Hub, tmp_path: Path
 ) -> None:
