@@ -27,7 +27,7 @@ from lora_cache.cache import AsyncLoraCache, disk_tier
 from lora_cache.catalog import AdapterLike, Catalog
 from lora_cache.config import CacheConfig, CacheSettings
 from lora_cache.errors import ConfigError, LoraCacheError, RequestRefusedError
-from lora_cache.sources import default_sources
+from lora_cache.sources import Source, default_sources
 from lora_cache.views import Snapshot, Stats
 
 #: Ranks that vLLM has slots for.
@@ -75,6 +75,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
             proportion: 5 MB a rank on an 8B model).
         max_loras: GPU slots; 8 if not given.
         max_cpu_loras: adapters in host memory and one place to load into; 4 × `max_loras` + 1.
+        sources: as for `AsyncLoraCache`, e.g. a `HubSource` for some organisations only.
         options: settings of the cache (`CacheConfig`) and arguments of vLLM.
 
     Raises:
@@ -92,6 +93,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         max_loras: int = DEFAULT_MAX_LORAS,
         max_cpu_loras: int | None = None,
         max_lora_rank: int | None = None,
+        sources: dict[str, Source] | None = None,
         **options: Any,
     ) -> None:
         settings = {k: options.pop(k) for k in list(options) if k in CacheConfig.model_fields}
@@ -106,11 +108,11 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
             model,
             max_loras=max_loras,
             max_cpu_loras=4 * max_loras + 1 if max_cpu_loras is None else max_cpu_loras,
-            max_lora_rank=max_lora_rank or self._run(_rank_for(adapters, config)),
+            max_lora_rank=max_lora_rank or self._run(_rank_for(adapters, config, sources)),
             **options,
         )
         self._pending: list[_Request] = []
-        self.cache = AsyncLoraCache(self, **settings)
+        self.cache = AsyncLoraCache(self, sources=sources, **settings)
         self._run(self.cache.__aenter__())
 
     # ------------------------------------------------------------------ vllm.LLM, and more
@@ -239,11 +241,15 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
             asyncio._set_running_loop(running)
 
 
-async def _rank_for(adapters: Iterable[AdapterLike], config: CacheConfig) -> int:
+async def _rank_for(
+    adapters: Iterable[AdapterLike],
+    config: CacheConfig,
+    sources: dict[str, Source] | None = None,
+) -> int:
     """The smallest rank of vLLM's that admits all of `adapters`, which are fetched for it."""
     refs = [a if isinstance(a, AdapterRef) else AdapterRef.parse(a) for a in adapters]
     disk = disk_tier(config)
-    catalog = Catalog(default_sources(), disk)
+    catalog = Catalog(default_sources() | (sources or {}), disk)
     try:
         found = await asyncio.gather(*map(catalog.resolve, refs))
     finally:
