@@ -30,7 +30,7 @@ from tests.hub.files import adapter_files
 from tests.hub.fixtures import Hub
 from tests.store.clients import CONFIG, LIST, RESOLVE, WEIGHTS, Client
 
-ROUNDS = 15
+ROUNDS = 8
 
 
 def faults(rng: random.Random, hub: Hub) -> None:
