@@ -114,7 +114,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
-        payload = self.rfile.read(int(headers.get("content-length", 0)))
+        nbytes = int(headers.get("content-length", 0))
+        payload = self.rfile.read(nbytes)
+        if len(payload) < nbytes:  # the client died meanwhile: olah would wait for the rest
+            self.close_connection = True
+            return
         request = Request(self.server.name, self.command, self.path, headers, payload)
         seen = Seen(
             request.server,
