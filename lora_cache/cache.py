@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any, Unpack, overload
@@ -16,23 +17,24 @@ from lora_cache.catalog import AdapterLike, Catalog
 from lora_cache.clock import Clock
 from lora_cache.config import CacheConfig, CacheSettings
 from lora_cache.driver import Driver
-from lora_cache.engines import Capabilities, make_engine
+from lora_cache.engines import make_engine
 from lora_cache.errors import (
     CacheClosedError,
     ConfigError,
     DiskFullError,
     LeaseTimeoutError,
     NoRoomError,
-    UnsupportedAdapterError,
 )
 from lora_cache.feed import Feed
+from lora_cache.fit import check_fit
 from lora_cache.lease import Lease
-from lora_cache.planner import Limits, Planner, Want
+from lora_cache.planner import Planner, Want
 from lora_cache.policies import make_policy
+from lora_cache.setup import disk_tier, limits_of
 from lora_cache.sources import Source, default_sources
 from lora_cache.state import Tier
 from lora_cache.status import StatusFile
-from lora_cache.store import DiskTier, Progress
+from lora_cache.store import Progress
 from lora_cache.store.locks import Hold
 from lora_cache.store.pool import Urgency
 from lora_cache.views import Snapshot, Stats, snapshot_of
@@ -79,7 +81,7 @@ class AsyncLoraCache:
     ) -> None:
         self.config = CacheConfig.of(settings)
         self._engine = make_engine(target)
-        self._limits = _limits(self.config, self._engine.capabilities)
+        self._limits = limits_of(self.config, self._engine.capabilities)
         self._planner = Planner(
             self._limits,
             make_policy(self.config.policy),
@@ -89,7 +91,7 @@ class AsyncLoraCache:
         self._catalog = Catalog(
             default_sources() | (sources or {}),
             self._disk,
-            self._accept,
+            partial(check_fit, self._engine.capabilities),
             check_finite if self.config.check_weights else None,
         )
         self._driver = Driver(
@@ -344,9 +346,12 @@ class AsyncLoraCache:
         """Resolve, wait for a slot, and count a lease; `Lease` is the way to use it."""
         self._driver.require_open()
         started = self._driver.now()
+        timeout_s = self.config.lease_timeout_s if timeout_s is None else timeout_s
         adapter = self._catalog.current(_as_ref(ref))
         if adapter is None or adapter.key not in self._planner.residency.host:
             adapter, hold = await self._resolve_within(ref, timeout_s)
+            if timeout_s is not None:  # it counts from when the lease was asked for
+                timeout_s = max(0.0, timeout_s - (self._driver.now() - started))
             with hold:
                 ticket, served_from = await self._acquire(adapter, Want.LEASE, timeout_s)
         else:  # the hot path: what is resident is held already
@@ -369,27 +374,6 @@ class AsyncLoraCache:
 
     # ------------------------------------------------------------------ small things
 
-    def _accept(self, adapter: Adapter) -> None:
-        """Refuse what this engine cannot serve, before anything is set in motion for it."""
-        engine = self._engine.capabilities
-        rank, limit = adapter.manifest.rank, engine.max_rank
-        if rank > limit:
-            raise UnsupportedAdapterError(
-                f"{adapter.path} has rank {rank} and the engine serves up to {limit}: start vLLM "
-                f"with max_lora_rank={rank} or more",
-                key=adapter.key,
-            )
-
-        for module, *widths in adapter.manifest.widths:
-            expected = engine.widths.get(module)
-            if expected is not None and expected != tuple(widths):
-                raise UnsupportedAdapterError(
-                    f"{adapter.path} does not fit this base model: its {module} is "
-                    f"{widths[0]} → {widths[1]}, the model's is {expected[0]} → {expected[1]}; it "
-                    f"was trained for {adapter.manifest.base_model or 'another model'}",
-                    key=adapter.key,
-                )
-
     async def _resolve(self, adapter: AdapterLike, **options: Any) -> Adapter:
         self._driver.require_open()
         return await self._catalog.resolve(_as_ref(adapter), **options)
@@ -398,7 +382,6 @@ class AsyncLoraCache:
         self, adapter: AdapterLike, timeout_s: float | None
     ) -> tuple[Adapter, Hold]:
         """Resolve, and keep the files from being removed before the planner has seen them."""
-        timeout_s = self.config.lease_timeout_s if timeout_s is None else timeout_s
         for _ in range(_REMOVALS):
             try:
                 async with asyncio.timeout(timeout_s):
@@ -416,16 +399,6 @@ class AsyncLoraCache:
         )
 
 
-def disk_tier(config: CacheConfig) -> DiskTier:
-    """The disk tier that `config` describes; nothing is touched before it is used."""
-    return DiskTier(
-        config.disk_dir,
-        max_bytes=config.disk_bytes,
-        policy=config.disk_policy,
-        workers=config.fetch_workers,
-    )
-
-
 def _tier(tier: Tier | str, *allowed: Tier) -> Tier:
     for known in allowed:
         if tier == known:
@@ -435,25 +408,3 @@ def _tier(tier: Tier | str, *allowed: Tier) -> Tier:
 
 def _as_ref(adapter: AdapterLike) -> AdapterRef:
     return adapter if isinstance(adapter, AdapterRef) else AdapterRef.parse(adapter)
-
-
-def _limits(config: CacheConfig, engine: Capabilities) -> Limits:
-    for name, said, is_ in (
-        ("max_loras", config.max_loras, engine.max_loras),
-        ("max_cpu_loras", config.max_cpu_loras, engine.max_cpu_loras),
-    ):
-        if said is not None and said != is_:
-            raise ConfigError(
-                f"{name}={said} contradicts the engine, which was started with {is_}: leave it "
-                "out, or start the engine with it"
-            )
-    return Limits(
-        slots=engine.slots,
-        host_entries=engine.host_entries,
-        host_bytes=config.host_bytes,
-        stages_without_slot=engine.stages_without_slot,
-        max_in_flight=engine.max_in_flight,
-        drain_after_s=config.drain_after_s,
-        retry_s=config.retry_s,
-        retry_max_s=config.retry_max_s,
-    )

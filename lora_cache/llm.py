@@ -23,10 +23,11 @@ import vllm.platforms
 from vllm.sampling_params import RequestOutputKind
 
 from lora_cache.adapter import AdapterRef
-from lora_cache.cache import AsyncLoraCache, disk_tier
+from lora_cache.cache import AsyncLoraCache
 from lora_cache.catalog import AdapterLike, Catalog
 from lora_cache.config import CacheConfig, CacheSettings
 from lora_cache.errors import ConfigError, LoraCacheError, RequestRefusedError
+from lora_cache.setup import disk_tier
 from lora_cache.sources import Source, default_sources
 from lora_cache.views import Snapshot, Stats
 
