@@ -79,4 +79,4 @@ def _row(store: Store, entry: Entry, error: str | None, delete: bool) -> dict[st
 def _words(row: dict[str, Any], delete: bool) -> str:
     if not delete:
         return str(row["error"])
-    return f"{row['error']}; {_DELETED if row['deleted'] else _IN_USE}"
+    return f"{_DELETED if row['deleted'] else _IN_USE}: {row['error']}"
