@@ -309,7 +309,11 @@ class Planner:
             key = demand.key
             unloading = key in self.residency.unloading and not demand.repair
             if unloading or self.residency.is_moving(key):
-                continue  # looked at again when that transition has ended
+                # Looked at again when that transition has ended.  If its host copy is the victim of
+                # somebody else's load, it keeps its place in line meanwhile.
+                if not unloading and key not in self._loading and self._needs_slot(demand):
+                    slots_left = False
+                continue
             needs_slot = self._needs_slot(demand)
             if needs_slot and key in self.residency.gpu and slots_left:
                 self._undrain(key, now)  # set aside for an older waiter; now its own turn came
