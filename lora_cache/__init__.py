@@ -10,6 +10,7 @@ from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.cache import AsyncLoraCache
 from lora_cache.config import CacheConfig
 from lora_cache.errors import LoraCacheError
+from lora_cache.events import Eviction
 from lora_cache.lease import Lease
 from lora_cache.manifest import Manifest, read_manifest
 from lora_cache.state import CopyState, Tier
@@ -26,6 +27,7 @@ __all__ = [
     "AsyncLoraCache",
     "CacheConfig",
     "CopyState",
+    "Eviction",
     "Lease",
     "LoraCacheError",
     "Manifest",

@@ -25,6 +25,7 @@ from lora_cache.errors import (
     LeaseTimeoutError,
     NoRoomError,
 )
+from lora_cache.events import Events, Eviction
 from lora_cache.feed import Feed
 from lora_cache.fit import check_fit
 from lora_cache.lease import Lease
@@ -86,7 +87,9 @@ class AsyncLoraCache:
             self._limits,
             make_policy(self.config.policy),
             make_policy(self.config.host_policy or self.config.policy),
+            explains=True,
         )
+        self._events = Events()
         self._disk = disk_tier(self.config)
         self._catalog = Catalog(
             default_sources() | (sources or {}),
@@ -95,7 +98,12 @@ class AsyncLoraCache:
             check_finite if self.config.check_weights else None,
         )
         self._driver = Driver(
-            self._planner, self._engine, self._catalog.__getitem__, self._disk.store.hold, clock
+            self._planner,
+            self._engine,
+            self._catalog.__getitem__,
+            self._disk.store.hold,
+            self._events,
+            clock,
         )
         self._feeds: set[Feed] = set()
         self._status: StatusFile | None = None
@@ -327,7 +335,15 @@ class AsyncLoraCache:
 
     def snapshot(self) -> Snapshot:
         """Who is where, right now.  Cost grows with what is resident, not with what is known."""
-        return snapshot_of(self._planner, self._catalog, self._engine, self._driver.now())
+        now = self._driver.now()
+        return snapshot_of(self._planner, self._catalog, self._engine, self._events, now)
+
+    def subscribe(self, listener: Callable[[Eviction], None]) -> Callable[[], None]:
+        """Have `listener` called with every eviction, on the event loop; it must not block.
+
+        Returns what ends the subscription.  A listener that fails is logged.
+        """
+        return self._events.subscribe(listener)
 
     async def reconcile(self) -> int:
         """Compare with what the engine really holds; repair.  Returns how many copies were off.

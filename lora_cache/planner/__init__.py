@@ -2,6 +2,7 @@
 
 from lora_cache.planner.actions import (
     Action,
+    Choice,
     Counters,
     Granted,
     Holdings,
@@ -15,6 +16,7 @@ from lora_cache.planner.planner import Planner
 
 __all__ = [
     "Action",
+    "Choice",
     "Counters",
     "Granted",
     "Holdings",

@@ -11,7 +11,7 @@ Checked by tests after every event, not in production: it costs time in proporti
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from lora_cache.key import AdapterKey
 from lora_cache.planner.actions import Transition
@@ -24,14 +24,12 @@ def check_invariants(
     waiting: WaitingLine,
     *,
     held: Mapping[int, AdapterKey],
-    queued: Collection[int],
     moves: Iterable[Transition],
 ) -> None:
     """Raise AssertionError, naming the invariant, if one is broken.
 
     Args:
         held: key by ticket of every granted lease.
-        queued: tickets that are in the line.
         moves: transitions in flight.
     """
     gpu, host, pins = residency.gpu, residency.host, residency.pins
@@ -55,4 +53,4 @@ def check_invariants(
     for demand in waiting:
         assert demand.repair or demand.tickets, "an empty demand"
         assert not gpu.is_ready(demand.key), "a waiter was forgotten"
-    assert {number for demand in waiting for number in demand.tickets} == set(queued)
+    assert {number for demand in waiting for number in demand.tickets} == set(waiting.tickets)

@@ -12,10 +12,10 @@ fits, and all of it is set aside in one transition, or nothing (`residency.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 
-from lora_cache.errors import LoraCacheError, NoRoomError, PinnedError
+from lora_cache.errors import LoraCacheError, PinnedError
 from lora_cache.key import AdapterKey
 from lora_cache.planner.actions import (
     Action,
@@ -27,23 +27,21 @@ from lora_cache.planner.actions import (
     Start,
     Transition,
     Want,
+    make_granted,
+    make_start,
 )
 from lora_cache.planner.failures import Failures, again
 from lora_cache.planner.invariants import check_invariants
-from lora_cache.planner.residency import Residency
-from lora_cache.planner.waiting import Demand, Ticket, WaitingLine
+from lora_cache.planner.residency import Residency, no_room
+from lora_cache.planner.waiting import Demand, Flight, Ticket, Tickets, WaitingLine
 from lora_cache.policies import Policy, RemovalReason
-from lora_cache.state import Tier
+from lora_cache.state import CopyState, Tier
 
-
-@dataclass(slots=True)
-class _Flight:
-    """A transition that the engine is carrying out, and who waits for it."""
-
-    move: Transition
-    source: Tier
-    nbytes: int = 0
-    tickets: dict[int, Ticket] = field(default_factory=dict)
+# Looked up once: in Python 3.11 an attribute of an Enum takes as long as three calls.
+_GPU, _HOST, _DISK = Tier
+_LEASE, _STAGE = Want.LEASE, Want.STAGE
+_EVICTED, _REMOVED = RemovalReason
+_READY = CopyState.READY
 
 
 class Planner:
@@ -52,18 +50,26 @@ class Planner:
     Not thread-safe: one caller at a time.  Tickets are numbers that the caller makes up; each is
     used once.  A ticket ends by `Refused`, by `cancel`, or, if it was granted a lease, by
     `release`.
+
+    Args:
+        explains: give a reason for each victim (`Start.choices`).
     """
 
-    def __init__(self, limits: Limits, gpu_policy: Policy, host_policy: Policy) -> None:
+    def __init__(
+        self, limits: Limits, gpu_policy: Policy, host_policy: Policy, *, explains: bool = False
+    ) -> None:
         self.limits = limits
         self.residency = Residency(limits, gpu_policy, host_policy)
         self.waiting = WaitingLine()
         self.counters = Counters()
+        self._explains = explains
         self._failures = Failures(limits.retry_s, limits.retry_max_s)
+        # False until there is something to refuse a lease for: a budget of bytes, a failed load.
+        self._may_refuse = limits.host_bytes is not None
         self._held: dict[int, AdapterKey] = {}  # granted leases by ticket
-        self._queued: dict[int, Ticket] = {}  # tickets in the waiting line
-        self._flights: dict[int, _Flight] = {}
-        self._loading: dict[AdapterKey, _Flight] = {}  # flights by newcomer
+        self._flights: dict[int, Flight] = {}
+        self._loading: dict[AdapterKey, Flight] = {}  # flights by newcomer
+        self._max_in_flight = inf if limits.max_in_flight is None else limits.max_in_flight
         self._ops = count(1)
         self._actions: list[Action] = []
 
@@ -77,31 +83,35 @@ class Planner:
         Args:
             nbytes: what a copy of `key` is charged in host memory, in bytes.
         """
-        if want is Want.LEASE and self.residency.gpu.is_ready(key):  # the hot path
+        residency = self.residency
+        slot = residency.gpu.get(key)
+        if slot and slot.state is _READY and want is _LEASE:  # the hot path
             self._held[ticket] = key
-            self.residency.add_lease(key, now)
-            self.counters.count_hit(Tier.GPU)
-            return [Granted(ticket, Tier.GPU)]
+            residency.add_lease(key, now)
+            self.counters.slot_hits += 1
+            return [make_granted((ticket, _GPU))]
         request = Ticket(ticket, key, nbytes, want, now)
-        if error := self._refusal(request, now):
-            return [Refused(ticket, error)]
-        self.residency.pins.announce(request)
+        if want is not _LEASE or self._may_refuse:
+            if error := self._refusal(request, now):
+                return [Refused(ticket, error)]
+            residency.pins.announce(request)
         flight = self._loading.get(key)
-        if self.residency.is_ready(key, want.tier):
-            self._grant(request, self.residency.found_in(key), now)
-        elif flight and (want.tier is Tier.HOST or flight.move.to is Tier.GPU):
+        if want is not _LEASE and residency.is_ready(key, want.tier):
+            self._grant(request, residency.found_in(key), now)
+        elif flight and (want.tier is _HOST or flight.move.to is _GPU):
             flight.tickets[ticket] = request
+        elif start := self._start_at_once(request, now):
+            return [start]
         else:
             self.waiting.join(request)
-            self._queued[ticket] = request
             self._pump(now)
         return self._take_actions()
 
     def cancel(self, ticket: int, now: float) -> list[Action]:
         """The caller does not wait any more.  A load that is under way runs to its end."""
         self.residency.pins.withdraw(ticket)
-        if request := self._queued.get(ticket):
-            self._dequeue(request)
+        if request := self.waiting.tickets.get(ticket):
+            self.waiting.leave(request)
             self._pump(now)
         for flight in self._flights.values():
             flight.tickets.pop(ticket, None)
@@ -116,11 +126,14 @@ class Planner:
         """A granted lease ends.  Unknown tickets (released already) are ignored."""
         key = self._held.pop(ticket, None)
         if key is not None and self.residency.drop_lease(key):
-            somebody_waits = len(self.waiting) > 0
-            self._repair(key)
-            self._advance_unload(key, now)
-            if somebody_waits:
+            if self.waiting.demands:
+                self._repair(key)
+                self._advance_unload(key, now)
                 self._pump(now)
+            elif self.residency.unloading:
+                self._advance_unload(key, now)
+            else:  # the hot path
+                return []
         return self._take_actions()
 
     def unpin(self, key: AdapterKey, now: float) -> list[Action]:
@@ -143,7 +156,7 @@ class Planner:
 
     def next_deadline(self, now: float) -> float | None:
         """When `tick` must be called next, because somebody will have waited too long by then."""
-        for demand in self.waiting:
+        for demand in self.waiting.demands.values():
             if demand.repair:
                 return self._failures.until(demand.key, now)
             deadline = demand.since + self.limits.drain_after_s
@@ -156,22 +169,27 @@ class Planner:
     def completed(self, op: int, cost_s: float, now: float) -> list[Action]:
         """The engine carried out transition `op`, in `cost_s` seconds."""
         flight = self._flights.pop(op)
-        move = flight.move
-        reason = RemovalReason.EVICTED if move.load else RemovalReason.REMOVED
-        left_gpu, left_host = self.residency.commit(op, reason, cost_s, now)
-        if move.load is None:
-            self.counters.unloads += len(left_host)
+        move, counters, residency = flight.move, self.counters, self.residency
+        key = move.load
+        reason = _REMOVED if key is None else _EVICTED
+        from_host = key is not None and flight.source is _HOST
+        left_gpu, left_host = residency.commit(op, reason, cost_s, now, from_host=from_host)
+        if key is None:
+            counters.unloads += left_host
         else:
-            del self._loading[move.load]
-            self._failures.forget(move.load)
-            self.counters.gpu_evictions += len(left_gpu)
-            self.counters.host_evictions += len(left_host)
-            self.counters.activations += move.to is Tier.GPU
-            self.counters.disk_loads += flight.source is Tier.DISK
+            del self._loading[key]
+            if self._may_refuse:
+                self._failures.forget(key)
+            counters.gpu_evictions += left_gpu
+            counters.host_evictions += left_host
+            counters.activations += move.to is _GPU
+            counters.disk_loads += flight.source is _DISK
             for request in flight.tickets.values():
                 self._grant(request, flight.source, now)
-        self._after_flight(move, now)
-        return self._take_actions()
+        if residency.unloading or self.waiting.demands or residency.may_drain:
+            self._after_flight(move, now)
+        actions, self._actions = self._actions, []
+        return actions
 
     def failed(
         self,
@@ -192,6 +210,7 @@ class Planner:
         move = flight.move
         self.residency.abort(op, frozenset(demoted), frozenset(dropped), now)
         self.counters.load_failures += 1
+        self._may_refuse = True
         if move.load is not None:
             del self._loading[move.load]
             error = self._failures.add(move.load, error, now)
@@ -254,19 +273,24 @@ class Planner:
             self.residency,
             self.waiting,
             held=self._held,
-            queued=self._queued.keys(),
             moves=[flight.move for flight in self._flights.values()],
         )
 
     # ------------------------------------------------------------------ granting, refusing
 
     def _grant(self, request: Ticket, served_from: Tier, now: float) -> None:
-        if request.want is Want.LEASE:
+        if request.want is _LEASE:
             self._held[request.number] = request.key
             self.residency.add_lease(request.key, now)
-            self.counters.count_hit(served_from)
-        self.residency.pins.establish(request.number)
-        self._actions.append(Granted(request.number, served_from))
+            if served_from is _HOST:
+                self.counters.host_hits += 1
+            elif served_from is _DISK:
+                self.counters.disk_hits += 1
+            else:
+                self.counters.slot_hits += 1
+        else:
+            self.residency.pins.establish(request.number)
+        self._actions.append(make_granted((request.number, served_from)))
 
     def _grant_waiting(self, key: AdapterKey, now: float) -> None:
         """Grant the tickets in line for `key` whose tier is ready."""
@@ -277,7 +301,7 @@ class Planner:
             self.waiting.repaired(key)
         for request in list(demand.tickets.values()):
             if self.residency.is_ready(key, request.want.tier):
-                self._dequeue(request)
+                self.waiting.leave(request)
                 self._grant(request, self.residency.found_in(key), now)
 
     def _refusal(self, request: Ticket, now: float) -> LoraCacheError | None:
@@ -292,10 +316,6 @@ class Planner:
         self.residency.pins.withdraw(request.number)
         self._actions.append(Refused(request.number, again(error)))
 
-    def _dequeue(self, request: Ticket) -> None:
-        del self._queued[request.number]
-        self.waiting.leave(request)
-
     def _take_actions(self) -> list[Action]:
         actions, self._actions = self._actions, []
         return actions
@@ -307,14 +327,14 @@ class Planner:
         slots_left = True
         for demand in self.waiting:
             key = demand.key
+            needs_slot = demand.tier is _GPU or not self.limits.stages_without_slot
             unloading = key in self.residency.unloading and not demand.repair
             if unloading or self.residency.is_moving(key):
                 # Looked at again when that transition has ended.  If its host copy is the victim of
                 # somebody else's load, it keeps its place in line meanwhile.
-                if not unloading and key not in self._loading and self._needs_slot(demand):
+                if needs_slot and not unloading and key not in self._loading:
                     slots_left = False
                 continue
-            needs_slot = self._needs_slot(demand)
             if needs_slot and key in self.residency.gpu and slots_left:
                 self._undrain(key, now)  # set aside for an older waiter; now its own turn came
             elif not demand.repair and (error := self.residency.too_large(key, demand.nbytes)):
@@ -322,8 +342,13 @@ class Planner:
             elif self._is_busy:
                 break  # decided when the engine has finished
             elif needs_slot and not slots_left:
+                if self.waiting.only_leases and self.limits.host_bytes is None:
+                    break  # neither can any of the others be served
                 self._refuse_speculation(demand)  # strictly in order: an older waiter comes first
-            elif not self._start(demand, now):
+            elif start := self._start_demand(demand, needs_slot, now):
+                self.waiting.remove(key)
+                self._actions.append(start)
+            else:
                 slots_left = slots_left and not needs_slot
                 self._refuse_speculation(demand)
         self._balance_drains(now)
@@ -331,49 +356,44 @@ class Planner:
     def _abandon(self, demand: Demand, error: LoraCacheError) -> None:
         self.waiting.remove(demand.key)
         for request in demand.tickets.values():
-            del self._queued[request.number]
             self._refuse(request, error)
 
     @property
     def _is_busy(self) -> bool:
-        limit = self.limits.max_in_flight
-        return limit is not None and len(self._flights) >= limit
+        return len(self._flights) >= self._max_in_flight
 
     def _refuse_speculation(self, demand: Demand) -> None:
         for request in list(demand.tickets.values()):
-            if request.want is Want.STAGE:
-                self._dequeue(request)
-                self._refuse(request, _no_room(demand.key))
+            if request.want is _STAGE:
+                self.waiting.leave(request)
+                self._refuse(request, no_room(demand.key))
 
-    def _start(self, demand: Demand, now: float) -> bool:
+    def _start_at_once(self, request: Ticket, now: float) -> Start | None:
+        """Do for a lease what joining an empty line and serving it would, without the line."""
+        key, residency = request.key, self.residency
+        if request.want is not _LEASE or self.waiting.demands or self._is_busy:
+            return None
+        held = residency.host.get(key)
+        if key in residency.gpu.copies or key in residency.unloading or (held and held.op):
+            return None
+        return self._start(key, request.nbytes, {request.number: request}, True, False, now)
+
+    def _start_demand(self, demand: Demand, slot: bool, now: float) -> Start | None:
+        key, spec = demand.key, demand.speculative
+        if demand.repair and self._failures.standing(key, now):  # its place is kept for it
+            return None
+        return self._start(key, demand.nbytes, demand.tickets, slot, spec, now)
+
+    def _start(
+        self, key: AdapterKey, nbytes: int, tickets: Tickets, slot: bool, spec: bool, now: float
+    ) -> Start | None:
         """Bring the adapter in, if there is room or room can be made."""
-        key = demand.key
-        slot = self._needs_slot(demand)
-        if self._failures.standing(key, now):  # a repair that failed; its place is kept for it
-            return False
-        room = self.residency.make_room(
-            key, demand.nbytes, slot=slot, speculative=demand.speculative, now=now
-        )
-        if room is None:
-            return False
-        move = Transition(
-            next(self._ops),
-            load=key,
-            to=Tier.GPU if slot else Tier.HOST,
-            demote=tuple(room.demote),
-            drop=tuple(room.drop),
-        )
-        flight = _Flight(move, self.residency.found_in(key), demand.nbytes, demand.tickets)
-        self._loading[key] = self._flights[move.op] = flight
-        self.residency.begin(move, demand.nbytes, now)
-        self.waiting.remove(key)
-        for number in demand.tickets:
-            del self._queued[number]
-        self._actions.append(Start(move))
-        return True
-
-    def _needs_slot(self, demand: Demand) -> bool:
-        return demand.tier is Tier.GPU or not self.limits.stages_without_slot
+        source = _HOST if key in self.residency.host.copies else _DISK
+        move = self.residency.bring_in(self._ops, key, nbytes, slot, spec, now)
+        if move is None:
+            return None
+        self._loading[key] = self._flights[move.op] = Flight(move, source, nbytes, tickets)
+        return make_start((move, self.residency.choices(move, now) if self._explains else ()))
 
     def _after_flight(self, move: Transition, now: float) -> None:
         for key in (*move.involved, *self.residency.unloading):
@@ -385,20 +405,14 @@ class Planner:
     def _balance_drains(self, now: float) -> None:
         """Keep as many victims draining as there are adapters that have waited too long."""
         overdue = 0
-        for demand in self.waiting:
+        for demand in self.waiting.demands.values():
             if demand.since + self.limits.drain_after_s > now or overdue == self.limits.slots:
                 break
             overdue += not self.residency.is_moving(demand.key)
-        draining = self.residency.draining()
-        missing = overdue - len(draining)
-        if missing > 0:
-            for key in list(self.residency.drainable(now))[:missing]:
-                self.residency.drain(key, now)
-                self.counters.drains += 1
-        elif missing < 0:
-            mine = [key for key in draining if key not in self.residency.unloading]
-            for key in mine[missing:]:
-                self._undrain(key, now)
+        drained, spared = self.residency.balance_drains(overdue, now)
+        self.counters.drains += drained
+        for key in spared:
+            self._undrain(key, now)
 
     def _undrain(self, key: AdapterKey, now: float) -> None:
         self.residency.undrain(key, now)
@@ -411,7 +425,7 @@ class Planner:
             return
         if not tickets or key not in self.residency.host:
             del self.residency.unloading[key]
-            self._actions += [Granted(ticket, Tier.DISK) for ticket in tickets]
+            self._actions += [Granted(ticket, _DISK) for ticket in tickets]
             self._undrain(key, now)
         elif key in self.residency.pins:
             del self.residency.unloading[key]
@@ -426,8 +440,8 @@ class Planner:
 
     def _drop(self, keys: list[AdapterKey], now: float) -> None:
         move = Transition(next(self._ops), drop=tuple(keys))
-        self._flights[move.op] = _Flight(move, Tier.HOST)
-        self.residency.begin(move, 0, now)
+        self._flights[move.op] = Flight(move, _HOST)
+        self.residency.begin_drop(move, now)
         self._actions.append(Start(move))
 
     def _repair(self, key: AdapterKey, nbytes: int = 0) -> None:
@@ -436,17 +450,9 @@ class Planner:
         Until it is back nobody else gets the slot that it lost, so leased ∪ pinned still fit.
         """
         leased = key in self.residency.leases
-        tier = Tier.GPU if leased else self.residency.pins.tier_of(key)
+        tier = _GPU if leased else self.residency.pins.tier_of(key)
         demand = self.waiting.get(key)
         if tier is not None and not self.residency.has(key, tier):
             self.waiting.repair(key, max(nbytes, demand.nbytes if demand else 0), tier)
         elif demand is not None and demand.repair:
             self.waiting.repaired(key)
-
-
-def _no_room(key: AdapterKey) -> LoraCacheError:
-    return NoRoomError(
-        f"no room to stage {key} without disturbing others: it stays on disk",
-        key=key,
-        tier=Tier.HOST,
-    )

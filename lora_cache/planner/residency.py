@@ -5,41 +5,46 @@ The tiers are inclusive: every copy in a slot has one in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from math import inf
 
-from lora_cache.errors import UnsupportedAdapterError
+from lora_cache.errors import NoRoomError, UnsupportedAdapterError
 from lora_cache.key import AdapterKey
-from lora_cache.planner.actions import Limits, Transition
+from lora_cache.planner.actions import Choice, Limits, Transition, make_transition
 from lora_cache.planner.pins import Pins
 from lora_cache.planner.tiers import TierTable
-from lora_cache.policies import Policy, RemovalReason
+from lora_cache.policies import Policy, RemovalReason, explain
 from lora_cache.state import Copy, CopyState, Tier
 
+# Looked up once: in Python 3.11 an attribute of an Enum takes as long as three calls.
+_GPU, _HOST, _DISK = Tier
+_READY, _DRAINING = CopyState.READY, CopyState.DRAINING
 
-class Room(NamedTuple):
-    """Victims that let a newcomer in: who gives up a slot, who leaves host memory."""
 
-    demote: list[AdapterKey]
-    drop: list[AdapterKey]
+#: Victims that let a newcomer in: who gives up a slot, who leaves host memory.
+Room = tuple[tuple[AdapterKey, ...], tuple[AdapterKey, ...]]
 
 
 class Residency:
     """The slot tier and the host tier, with the leases, pins and unloads that protect copies."""
 
     def __init__(self, limits: Limits, gpu_policy: Policy, host_policy: Policy) -> None:
-        self.gpu = TierTable(Tier.GPU, gpu_policy, limits.slots)
-        self.host = TierTable(Tier.HOST, host_policy, limits.host_entries, limits.host_bytes)
+        self.gpu = TierTable(_GPU, gpu_policy, limits.slots)
+        self.host = TierTable(_HOST, host_policy, limits.host_entries, limits.host_bytes)
         self.pins = Pins(limits)
         self.leases: dict[AdapterKey, int] = {}
         self.unloading: dict[AdapterKey, list[int]] = {}  # tickets by key
+        self._slot_cost_s = inf  # of late, from host memory into a slot
+        #: False only if `draining` is empty: asked after every event, without a walk.
+        self.may_drain = False
 
     def is_ready(self, key: AdapterKey, tier: Tier) -> bool:
-        return (self.gpu if tier is Tier.GPU else self.host).is_ready(key)
+        return (self.gpu if tier is _GPU else self.host).is_ready(key)
 
     def has(self, key: AdapterKey, tier: Tier) -> bool:
         """There is a copy, in whatever state."""
-        return key in (self.gpu if tier is Tier.GPU else self.host)
+        return key in (self.gpu if tier is _GPU else self.host)
 
     def is_moving(self, key: AdapterKey) -> bool:
         """A transition in flight moves a copy of `key`."""
@@ -47,21 +52,23 @@ class Residency:
         return bool((slot and slot.op) or (held and held.op))
 
     def found_in(self, key: AdapterKey) -> Tier:
-        if key in self.gpu:
-            return Tier.GPU
-        return Tier.HOST if key in self.host else Tier.DISK
+        if key in self.gpu.copies:
+            return _GPU
+        return _HOST if key in self.host.copies else _DISK
 
     # ------------------------------------------------------------------ leases
 
     def add_lease(self, key: AdapterKey, now: float) -> None:
-        self.leases[key] = self.leases.get(key, 0) + 1
+        leases = self.leases
+        leases[key] = leases[key] + 1 if key in leases else 1
         self.gpu.policy.on_access(key, now)
         self.host.policy.on_access(key, now)  # a slot hit refreshes host recency
 
     def drop_lease(self, key: AdapterKey) -> bool:
         """Returns True when that was the last lease of `key`."""
-        self.leases[key] -= 1
-        if self.leases[key]:
+        left = self.leases[key] - 1
+        if left:
+            self.leases[key] = left
             return False
         del self.leases[key]
         return True
@@ -71,29 +78,46 @@ class Residency:
     def drain(self, key: AdapterKey, now: float) -> None:
         """The copy in the slot, if any, takes no new leases."""
         slot = self.gpu.get(key)
-        if slot is not None and slot.op is None and slot.state is CopyState.READY:
-            slot.move(CopyState.DRAINING, now)
+        if slot is not None and slot.op is None and slot.state is _READY:
+            slot.move(_DRAINING, now)
+            self.may_drain = True
 
     def undrain(self, key: AdapterKey, now: float) -> None:
         slot = self.gpu.get(key)
-        if slot is not None and slot.op is None and slot.state is CopyState.DRAINING:
-            slot.move(CopyState.READY, now)
+        if slot is not None and slot.op is None and slot.state is _DRAINING:
+            slot.move(_READY, now)
 
     def draining(self) -> list[AdapterKey]:
         """Keys that were set aside and are not moving yet."""
-        return [c.key for c in self.gpu if c.state is CopyState.DRAINING and c.op is None]
+        if not self.may_drain:
+            return []
+        found = [c.key for c in self.gpu if c.state is _DRAINING and c.op is None]
+        self.may_drain = bool(found)
+        return found
 
-    def drainable(self, now: float) -> Iterable[AdapterKey]:
-        """Keys that could be set aside, in the policy's order."""
-        return self.gpu.ranked(
-            now,
-            lambda c: c.state is CopyState.READY and not c.op and c.key not in self.pins.gpu,
-        )
+    def balance_drains(self, wanted: int, now: float) -> tuple[int, list[AdapterKey]]:
+        """Have `wanted` copies set aside, those of unloads included.
+
+        Returns:
+            how many more are, and which need not be any longer (for the caller to undrain).
+        """
+        draining = self.draining()
+        missing = wanted - len(draining)
+        if missing < 0:
+            mine = [key for key in draining if key not in self.unloading]
+            return 0, mine[missing:]
+        chosen = list(islice(self.gpu.ranked(self._may_drain, now), missing)) if missing else ()
+        for key in chosen:
+            self.drain(key, now)
+        return len(chosen), []
+
+    def _may_drain(self, slot: Copy) -> bool:
+        return slot.state is _READY and not slot.op and slot.key not in self.pins.gpu
 
     # ------------------------------------------------------------------ making room
 
     def make_room(
-        self, key: AdapterKey, nbytes: int, *, slot: bool, speculative: bool, now: float
+        self, key: AdapterKey, nbytes: int, slot: bool, speculative: bool, now: float
     ) -> Room | None:
         """Choose the victims that let `key` in; None when it cannot be done now.  Pure.
 
@@ -102,30 +126,32 @@ class Residency:
             slot: it needs a slot.
             speculative: nobody waits for it, so no slot is given up for host bytes alone.
         """
-        idle = self.gpu.ranked(now, self._may_leave_slot)
-        demote = self.gpu.room_for(0, idle) if slot else []
-        if demote is None or key in self.host:
-            return None if demote is None else Room(demote, [])
+        demote = self.gpu.room_for(0, self._may_leave_slot, now) if slot else []
+        if demote is None or key in self.host.copies:
+            return None if demote is None else (tuple(demote), ())
         needed = len(demote)
         while True:
             # A host victim never sits in a slot, unless it gives that slot up in the same move.
-            leavers = self.host.ranked(now, self._may_leave_host(frozenset(demote)))
-            drop = self.host.room_for(nbytes, leavers)
+            drop = self.host.room_for(nbytes, self._may_leave_host(frozenset(demote)), now)
             if drop is not None:
-                return Room([k for i, k in enumerate(demote) if i < needed or k in drop], drop)
-            extra = None if speculative else next(idle, None)
+                extra_too = (k for k in demote[needed:] if k in drop)
+                return (*demote[:needed], *extra_too), tuple(drop)
+            idle = () if speculative else self.gpu.ranked(self._may_leave_slot, now)
+            extra = next((key for key in idle if key not in demote), None)
             if extra is None:
                 return None
             demote.append(extra)
 
     def _may_leave_slot(self, slot: Copy) -> bool:
+        if slot.op:
+            return False
         key = slot.key
-        return not (slot.op or key in self.leases or key in self.pins.gpu or key in self.unloading)
+        return not (key in self.leases or key in self.pins.gpu or key in self.unloading)
 
     def _may_leave_host(self, demoted: frozenset[AdapterKey]) -> Callable[[Copy], bool]:
         def may_leave(held: Copy) -> bool:
             key = held.key
-            in_slot = key in self.gpu and key not in demoted
+            in_slot = key in self.gpu.copies and key not in demoted
             protected = key in self.leases or key in self.pins or key in self.unloading
             return not (held.op or in_slot or protected)
 
@@ -134,7 +160,7 @@ class Residency:
     def too_large(self, key: AdapterKey, nbytes: int) -> UnsupportedAdapterError | None:
         """Why `key` can never be brought in, whoever leaves, if that is so."""
         budget = self.host.max_bytes
-        if budget is None or key in self.host:
+        if budget is None or key in self.host.copies:
             return None
         pinned = sum(copy.nbytes for copy in self.host if copy.key in self.pins)
         if nbytes + pinned <= budget:
@@ -144,26 +170,70 @@ class Residency:
             f"{key} needs {nbytes} bytes of host memory and the budget is {budget}{beside}: "
             "raise host_bytes",
             key=key,
-            tier=Tier.HOST,
+            tier=_HOST,
         )
 
     # ------------------------------------------------------------------ transitions
 
-    def begin(self, move: Transition, nbytes: int, now: float) -> None:
-        """Set aside what `move` touches, in both tiers."""
-        key = move.load
-        slots = [k for k in (*move.demote, *move.drop) if k in self.gpu]
-        held = [k for k in move.drop if k in self.host]
-        to_slot = key if move.to is Tier.GPU else None
-        to_host = key if key is not None and key not in self.host else None
-        self.gpu.begin(move.op, to_slot, 0, dict.fromkeys(slots), now)
-        self.host.begin(move.op, to_host, nbytes, held, now)
+    def bring_in(
+        self,
+        ops: Iterator[int],
+        key: AdapterKey,
+        nbytes: int,
+        slot: bool,
+        speculative: bool,
+        now: float,
+    ) -> Transition | None:
+        """Set aside what it takes to load `key`, in both tiers; None when it cannot be done now.
+
+        Args:
+            ops: where the number of the transition comes from.
+        """
+        room = self.make_room(key, nbytes, slot, speculative, now)
+        if room is None:
+            return None
+        op, (demote, drop) = next(ops), room
+        leaving = demote if not drop else self._in_slots(*demote, *drop)
+        self.gpu.begin(op, key if slot else None, 0, leaving, now)
+        if key not in self.host.copies:
+            self.host.begin(op, key, nbytes, drop, now)
+        return make_transition((op, key, _GPU if slot else _HOST, demote, drop))
+
+    def begin_drop(self, move: Transition, now: float) -> None:
+        """Set aside what leaves host memory, and its slots with it."""
+        self.gpu.begin(move.op, None, 0, self._in_slots(*move.drop), now)
+        held = [key for key in move.drop if key in self.host.copies]
+        self.host.begin(move.op, None, 0, held, now)
+
+    def _in_slots(self, *keys: AdapterKey) -> Iterable[AdapterKey]:
+        return dict.fromkeys(key for key in keys if key in self.gpu.copies)
 
     def commit(
-        self, op: int, reason: RemovalReason, cost_s: float, now: float
-    ) -> tuple[list[AdapterKey], list[AdapterKey]]:
-        """The transition happened.  Returns the keys that left (slots, host memory)."""
-        return self.gpu.commit(op, reason, cost_s, now), self.host.commit(op, reason, cost_s, now)
+        self, op: int, reason: RemovalReason, cost_s: float, now: float, *, from_host: bool
+    ) -> tuple[int, int]:
+        """The transition happened.  Returns how many copies left (slots, host memory)."""
+        if from_host:
+            before = self._slot_cost_s
+            self._slot_cost_s = cost_s if before == inf else before + 0.1 * (cost_s - before)
+        # Who leaves a slot stays in host memory: at stake is the way back, not the load from disk.
+        slot_cost_s = min(cost_s, self._slot_cost_s)
+        return (
+            self.gpu.commit(op, reason, slot_cost_s, now),
+            self.host.commit(op, reason, cost_s, now),
+        )
+
+    def order_of_leaving(self, tier: Tier, now: float) -> Iterator[AdapterKey]:
+        """Who may leave `tier`, the first one first.  Pure."""
+        if tier is _GPU:
+            return self.gpu.ranked(self._may_leave_slot, now)
+        return self.host.ranked(self._may_leave_host(frozenset()), now)
+
+    def choices(self, move: Transition, now: float) -> tuple[Choice, ...]:
+        """Why the victims of a transition that has just begun, and who would be next.  Pure."""
+        return (
+            *_choices(self.gpu, move.demote, self.order_of_leaving(_GPU, now), now),
+            *_choices(self.host, move.drop, self.order_of_leaving(_HOST, now), now),
+        )
 
     def abort(
         self, op: int, gone: frozenset[AdapterKey], dropped: frozenset[AdapterKey], now: float
@@ -171,3 +241,20 @@ class Residency:
         """The transition failed, but for what is `gone` from slots and `dropped` from host."""
         self.gpu.abort(op, gone | dropped, now)
         self.host.abort(op, dropped, now)
+
+
+def _choices(
+    table: TierTable, victims: Iterable[AdapterKey], others: Iterator[AdapterKey], now: float
+) -> Iterator[Choice]:
+    policy, runner_up, reason = table.policy, None, ""
+    if victims and (runner_up := next(others, None)):
+        reason = explain(policy, runner_up, now)
+    for victim in victims:
+        yield Choice(table.tier, victim, explain(policy, victim, now), runner_up, reason)
+
+
+def no_room(key: AdapterKey) -> NoRoomError:
+    """What somebody who only wanted to stage `key` is told."""
+    return NoRoomError(
+        f"no room to stage {key} without disturbing others: it stays on disk", key=key, tier=_HOST
+    )

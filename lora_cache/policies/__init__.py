@@ -15,6 +15,7 @@ from lora_cache.policies.lru import LRU
 from lora_cache.policies.lru_k import LRUK
 from lora_cache.policies.sieve import Sieve
 from lora_cache.policies.slru import SLRU
+from lora_cache.spec import call_with, parse_spec
 
 __all__ = [
     "FIFO",
@@ -34,10 +35,11 @@ __all__ = [
     "policy_names",
 ]
 
-#: A name, or something that makes a fresh policy (a class, a function, a ``partial``).
+#: A name, with or without settings (``"lfu:half_life_s=60"``), or something that makes a fresh
+#: policy (a class, a function, a ``partial``).
 PolicyLike = str | Callable[[], Policy]
 
-_BUILT_IN: dict[str, Callable[[], Policy]] = {
+_BUILT_IN: dict[str, Callable[..., Policy]] = {
     "auto": Auto,
     "fifo": FIFO,
     "gdsf": GDSF,
@@ -59,28 +61,29 @@ def make_policy(policy: PolicyLike) -> Policy:
     """Make a fresh policy.
 
     Args:
-        policy: a name from `policy_names`, or a callable that returns a policy.  An instance is
+        policy: a name from `policy_names`, which settings may follow as in
+            ``"lfu:half_life_s=inf"``, or a callable that returns a policy.  An instance is
             refused: each tier needs its own.
 
     Raises:
-        ConfigError: the name is unknown, or what was made is no policy.
+        ConfigError: the name or a setting is unknown, or what was made is no policy.
     """
     if isinstance(policy, str):
-        factory = _BUILT_IN.get(policy) or _load(policy)
+        name, settings = parse_spec(policy)
+        made = call_with(_BUILT_IN.get(name) or _load(name), settings, f"policy {name}")
     elif callable(policy):
-        factory = policy
+        made = policy()
     else:
         raise ConfigError(
             f"{policy!r} is not a policy: give a name or a class, so that each tier gets its own"
         )
-    made = factory()
     if not isinstance(made, Policy):
         raise ConfigError(f"{policy!r} made a {type(made).__name__}, which is not a Policy")
     return made
 
 
-def _load(name: str) -> Callable[[], Policy]:
+def _load(name: str) -> Callable[..., Policy]:
     for point in entry_points(group=_GROUP, name=name):
-        loaded: Callable[[], Policy] = point.load()
+        loaded: Callable[..., Policy] = point.load()
         return loaded
     raise ConfigError(f"unknown policy {name!r}: choose one of {', '.join(policy_names())}")

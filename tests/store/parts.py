@@ -45,17 +45,18 @@ def bring(
     """What `Fetch` does, from memory."""
     files = files_named(name, nbytes)
     origin = origin_of(name, files)
-    with store.partial(key_of(name), lambda: None) as partial:
-        if partial is not None:
-            store.reserve(partial, origin)
-            if between is not None:
-                between(partial)
-            for path, content in files.items():
-                (partial / path).write_bytes(content)
-            return store.publish(partial, origin)
-    found = store.find(key_of(name))
-    assert found is not None
-    return found
+    while True:
+        with store.partial(key_of(name), lambda: None) as partial:
+            if partial is not None:
+                store.reserve(partial, origin)
+                if between is not None:
+                    between(partial)
+                for path, content in files.items():
+                    (partial / path).write_bytes(content)
+                return store.publish(partial, origin)
+        # Another process brought it; a third one may have had it removed for its own since then.
+        if (found := store.find(key_of(name))) is not None:
+            return found
 
 
 def content_of(adapter: Adapter | Path) -> dict[str, bytes]:

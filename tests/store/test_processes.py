@@ -203,9 +203,11 @@ def test_the_budget_holds_at_any_time(root: Path) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     lists = [[f"{letter}{n}" for n in range(40)] for letter in "ab"]
-    finish(*(start(filler, root, names, budget) for names in (*lists, lists[0][::-1])))
-    stop.set()
-    watcher.join()
+    try:
+        finish(*(start(filler, root, names, budget) for names in (*lists, lists[0][::-1])))
+    finally:
+        stop.set()
+        watcher.join()
     assert len(reserved) > 100
     assert budget - NBYTES < max(reserved) <= budget
     assert max(there) <= budget
