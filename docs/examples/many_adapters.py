@@ -12,7 +12,7 @@ from lora_cache import LLM
 
 
 def main(model: str, first: str, second: str) -> None:
-    llm = LLM(model, max_loras=1, enforce_eager=True, max_model_len=512)
+    llm = LLM(model, max_loras=1, enforce_eager=True, max_model_len=512, dtype="float32")
     params = SamplingParams(temperature=0, max_tokens=24)
     question = [{"role": "user", "content": "What is the sun?"}]
 

@@ -24,7 +24,8 @@ from lora_cache import LLM, LoraCacheError
 from lora_cache.demo.catalogue import adapter_dir
 from lora_cache.demo.model import prepare_model
 
-llm = LLM(str(prepare_model()), max_loras=2, enforce_eager=True, max_model_len=512)
+on_a_cpu = {"enforce_eager": True, "max_model_len": 512, "dtype": "float32"}
+llm = LLM(str(prepare_model()), max_loras=2, policy="lru", **on_a_cpu)
 params = SamplingParams(temperature=0, max_tokens=24)
 pirate, cowboy, robot, detective = map(adapter_dir, ("pirate", "cowboy", "robot", "detective"))
 

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 def run(example: str, *arguments: str) -> list[str]:
     """Run an example, and return the lines that it printed."""
-    # What a GPU machine would not need: a small cache, and float32 where bfloat16 is slow.
+    # What a GPU machine would not need: a small cache, and one thread where others compute.
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # set by other tests, not by readers
     done = subprocess.run(
