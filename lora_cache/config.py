@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,7 @@ from lora_cache.policies import PolicyLike
 class CacheSettings(TypedDict, total=False):
     """Keyword arguments of `AsyncLoraCache`; `CacheConfig` says what each means."""
 
+    engine: str
     policy: PolicyLike
     host_policy: PolicyLike | None
     host_bytes: int | str | None
@@ -36,6 +37,9 @@ class CacheConfig(BaseModel):
     """What a cache is told; everything has a default.
 
     Attributes:
+        engine: how vLLM is driven: ``"stock"`` (its public API, nothing changed), ``"resident"``
+            (slots of our own, for a vLLM that was started with ``LORA_CACHE_RESIDENT=1``), or
+            ``"auto"``: resident if that is set, else stock.
         policy: who leaves a slot: a name such as ``"lru"`` (`lora_cache.policies.policy_names` has
             them all), or a class.
         host_policy: who leaves host memory; the same policy, if not given.
@@ -58,6 +62,7 @@ class CacheConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
+    engine: Literal["auto", "stock", "resident"] = "auto"
     policy: Any = "auto"
     host_policy: Any = None
     host_bytes: ByteSize | None = Field(default=None, gt=0)

@@ -27,6 +27,9 @@ from lora_cache.store.locks import Hold
 
 logger = logging.getLogger(__name__)
 
+#: Between two looks at an engine whose slots others change.
+_CALM_S = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class _Waiter:
@@ -77,6 +80,8 @@ class Driver:
         self._refusal: LoraCacheError | None = CacheClosedError(
             "the cache is not open: use it inside `async with AsyncLoraCache(...)`"
         )
+        self._look: Timer | None = None
+        self._repairing: asyncio.Task[None] | None = None
         self.load_s = 0.0
 
     # ------------------------------------------------------------------ open, close
@@ -90,6 +95,7 @@ class Driver:
         if self._clock is None:
             self._clock = LoopClock()
         await self._engine.attach()
+        self._engine.watch(self._drifted)
         self._refusal = None
 
     def refuse(self, error: LoraCacheError) -> None:
@@ -103,6 +109,10 @@ class Driver:
 
     async def close(self) -> None:
         """Let transitions end, and give the engine back."""
+        if self._look is not None:
+            self._look.cancel()
+        if self._repairing is not None:
+            await asyncio.wait([self._repairing])
         while self._transitions:
             await asyncio.wait(self._transitions)
         if self._timer is not None:
@@ -169,6 +179,26 @@ class Driver:
                 self._launch(start)
             self._perform(actions)
         return self._planner.counters.drift - before
+
+    def _drifted(self) -> None:
+        """The engine holds something else than we believe: look, when it has calmed down."""
+        if self._look is None:
+            self._look = self._require_clock().call_at(self.now() + _CALM_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._look = None
+        if self._held_back is not None:  # somebody is looking already
+            self._drifted()
+        elif self._refusal is None:
+            self._repairing = asyncio.get_running_loop().create_task(
+                self._repair(), name="lora-cache-repair"
+            )
+
+    async def _repair(self) -> None:
+        try:
+            await self.reconcile()
+        except LoraCacheError as error:  # of an engine that has died: callers are told so
+            logger.warning("what the engine holds could not be looked at: %s", error)
 
     # ------------------------------------------------------------------ waiting
 

@@ -12,6 +12,7 @@ LoraCacheError
 │   └── AdapterChangedError      the files changed while they were being read
 ├── EngineError              vLLM refused or failed
 │   ├── LoadFailedError          one adapter could not be loaded; the engine lives
+│   ├── CannotPackError          the fast path does not know this adapter; vLLM's loader may
 │   ├── RequestRefusedError      vLLM refused one request (also a ValueError)
 │   └── EngineDeadError          the engine is gone; the cache must be rebuilt
 ├── SourceError              the Hub did not answer, or not as it should; try again
@@ -105,6 +106,13 @@ class LoadFailedError(EngineError):
     ) -> None:
         super().__init__(message, key=key, tier=tier)
         self.retry_after_s = retry_after_s
+
+
+class CannotPackError(EngineError):
+    """The packer does not know how this adapter, or this model, is laid out in a slot.
+
+    Nothing is wrong with the adapter: load it through vLLM's own loader, which decides.
+    """
 
 
 class RequestRefusedError(EngineError, ValueError):

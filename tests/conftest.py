@@ -1,11 +1,11 @@
-"""Fixtures of the whole suite; also `tests/real/engines.py`, `tests/hub/fixtures.py`."""
+"""Fixtures of the whole suite; also `tests/{real,resident}/engines.py`, `tests/hub/fixtures.py`."""
 
 import os
 import tempfile
 
 import pytest
 
-pytest_plugins = ["tests.real.engines", "tests.hub.fixtures"]
+pytest_plugins = ["tests.real.engines", "tests.resident.engines", "tests.hub.fixtures"]
 
 # Caches that tests open are no business of `lora-cache status`.
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")

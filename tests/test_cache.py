@@ -404,7 +404,7 @@ class TestOperations:
 class TestSettings:
     def test_a_wrong_setting_is_named(self) -> None:
         for settings, message in [
-            ({"polcy": "lru"}, "unknown setting 'polcy': there are policy"),
+            ({"polcy": "lru"}, "unknown setting 'polcy': there are engine, policy"),
             ({"policy": "mru"}, "unknown policy 'mru': choose one of"),
             ({"drain_after_s": -1}, "drain_after_s=-1"),
             ({"host_bytes": "lots"}, "host_bytes='lots'"),
@@ -498,5 +498,20 @@ def test_random_traffic_keeps_the_engine_s_rules(seed: int, like: str) -> None:
             assert not w.engine.uses
             assert w.cache.snapshot().waiting == 0
             assert w.cache.stats().requests > 100
+
+    run(main())
+
+
+def test_an_engine_that_tells_of_drift_is_repaired_unasked() -> None:
+    async def main() -> None:
+        async with world() as w:
+            async with w.cache.lease(ref("a")) as lease:
+                w.engine.lose(lease.key, Tier.GPU)
+                w.engine.tell()
+                w.engine.tell()
+                await w.clock.advance(0.3)
+                assert w.cache.stats().drift == 1
+                assert w.slots() == {"a"}
+            w.engine.tell()  # and closes before it looks
 
     run(main())

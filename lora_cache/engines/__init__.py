@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from lora_cache.engines.base import Capabilities, Engine, TransitionFailedError
@@ -9,11 +10,16 @@ from lora_cache.engines.base import Capabilities, Engine, TransitionFailedError
 __all__ = ["Capabilities", "Engine", "TransitionFailedError", "make_engine"]
 
 
-def make_engine(target: Any) -> Engine:
-    """The engine for `target`: itself if it is one, else the stock engine around it.
+#: Set to 1 before vLLM starts, it lets its workers be taken over by the resident engine.
+SWITCH = "LORA_CACHE_RESIDENT"
+
+
+def make_engine(target: Any, kind: str = "auto") -> Engine:
+    """The engine for `target`: itself if it is one, else one around it.
 
     Args:
         target: an `Engine`, a `vllm.AsyncLLM` or a `vllm.LLM`.
+        kind: ``"stock"``, ``"resident"``, or ``"auto"``: resident if `SWITCH` is set, else stock.
 
     Raises:
         ConfigError: `target` is none of these, or cannot be managed.
@@ -21,6 +27,10 @@ def make_engine(target: Any) -> Engine:
     if hasattr(target, "apply") and hasattr(target, "holdings"):
         engine: Engine = target
         return engine
+    if kind == "resident" or (kind == "auto" and os.environ.get(SWITCH) == "1"):
+        from lora_cache.engines.resident.engine import ResidentEngine
+
+        return ResidentEngine(target)
     from lora_cache.engines.stock import StockEngine
 
     return StockEngine(target)

@@ -6,7 +6,7 @@ into what its requests need.  Nothing outside `lora_cache.engines` knows vLLM.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -109,6 +109,9 @@ class Engine(Protocol):
         starts with ``"foreign:"``; such keys may be named in ``Transition.drop``.
         """
         ...
+
+    def watch(self, drifted: Callable[[], None]) -> None:
+        """Have `drifted` called, on the event loop, when copies moved that no transition moved."""
 
     def slots(self) -> Mapping[int, AdapterKey]:
         """Slot index → key, as far as the engine knows without being asked."""

@@ -14,33 +14,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.engines.base import Capabilities, TransitionFailedError
+from lora_cache.engines.managed import ManagedVllm
 from lora_cache.engines.recency import SlotMirror
-from lora_cache.engines.vllm_client import VllmClient, connect
 from lora_cache.engines.widths import widths_of
-from lora_cache.errors import ConfigError, EngineDeadError, LoadFailedError, LoraCacheError
+from lora_cache.errors import ConfigError, EngineDeadError
 from lora_cache.planner import Holdings, Transition
-from lora_cache.state import Tier
 
 logger = logging.getLogger(__name__)
 
-#: vLLM's server counts its own ids up from 1, and its second runner stores them as int32.
-_FIRST_ID = 1 << 30
 
-# Per engine object, whoever manages it: ids are never used twice in an engine's life, because
-# vLLM would silently serve the weights that it still holds under the old id.
-_next_id: WeakKeyDictionary[Any, count[int]] = WeakKeyDictionary()
-_attached: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-
-
-class StockEngine:
+class StockEngine(ManagedVllm):
     """vLLM as it is installed.
 
     Args:
@@ -52,32 +41,23 @@ class StockEngine:
     """
 
     def __init__(self, target: Any) -> None:
-        self._target = target
-        self._client: VllmClient = connect(target)
+        super().__init__(target)
         self._capabilities = _read_capabilities(self._client.vllm_config)
         self._mirror = SlotMirror(self._capabilities.max_loras)
-        self._requests: dict[AdapterKey, Any] = {}  # one LoRARequest a key, for ever
-        self._keys: dict[int, AdapterKey] = {}  # the same, by lora_int_id
         self._order = asyncio.Lock()  # one transition at a time, first come first served
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
     async def attach(self) -> None:
-        if _attached.get(self._target):
-            raise ConfigError("this engine already has a manager: close the other one first")
-        _attached[self._target] = True
+        self._claim()
         try:
             for lora_int_id in await self._client.list_loras():
                 logger.warning("dropping LoRA %d, which was loaded before", lora_int_id)
                 await self._client.remove_lora(lora_int_id)
         except Exception as error:
-            _attached.pop(self._target, None)
+            self._disclaim()
             raise self._map(error, "vLLM did not answer") from error
 
     async def detach(self) -> None:
-        if not _attached.pop(self._target, False) or self._client.is_dead:
+        if not self._disclaim() or self._client.is_dead:
             return
         async with self._order:
             try:
@@ -150,7 +130,7 @@ class StockEngine:
                 held = await self._client.list_loras()
             except Exception as error:
                 raise self._map(error, "vLLM did not answer") from error
-            host = frozenset(self._keys.get(i) or AdapterKey(f"foreign:{i}") for i in held)
+            host = frozenset(map(self._key_of, held))
             # vLLM does not tell what is in the slots: what the commands imply, as far as it is
             # still in host memory.
             for key in set(self._mirror.slots().values()) - host:
@@ -160,14 +140,14 @@ class StockEngine:
     def slots(self) -> dict[int, AdapterKey]:
         return self._mirror.slots()
 
+    def watch(self, drifted: Callable[[], None]) -> None:
+        pass  # vLLM tells nothing unasked
+
     def begin_use(self, key: AdapterKey) -> None:
         self._mirror.begin_use(key)
 
     def end_use(self, key: AdapterKey) -> None:
         self._mirror.end_use(key)
-
-    def handle(self, key: AdapterKey) -> Any:
-        return self._requests[key]
 
     async def generate(
         self, prompt: Any, params: Any, *, request_id: str, key: AdapterKey | None, **options: Any
@@ -181,56 +161,10 @@ class StockEngine:
                     self._mirror.ran(key, sent)
                 yield output
 
-    def _request_for(self, adapter: Adapter) -> Any:
-        key, path = adapter.key, str(adapter.path)
-        known = self._requests.get(key)
-        if known is None or known.lora_path != path:
-            from vllm.lora.request import LoRARequest
-
-            ids = _next_id.setdefault(self._target, count(_FIRST_ID))
-            number = next(ids) if known is None else known.lora_int_id
-            # The name carries the digest: vLLM's prefix cache tells adapters apart by name (0.26
-            # by nothing else), and blocks of another revision must never match.
-            self._requests[key] = LoRARequest(
-                lora_name=f"{key.name}@{key.digest}", lora_int_id=number, lora_path=path
-            )
-            self._keys[number] = key
-        return self._requests[key]
-
-    def _id_of(self, key: AdapterKey) -> int:
-        if key.digest.startswith("foreign:"):
-            return int(key.digest.removeprefix("foreign:"))
-        return int(self._requests[key].lora_int_id)
-
-    def _map(
-        self, error: BaseException, what: str, key: AdapterKey | None = None
-    ) -> LoraCacheError:
-        # vLLM raises what its layers raise (over the process boundary a plain Exception), so
-        # nothing but the engine's own state tells a refused adapter from a dead engine.
-        if self._client.is_dead:
-            return EngineDeadError(f"{what}: the engine has died; build a new engine and cache")
-        return LoadFailedError(f"{what}: {error}", key=key, tier=Tier.GPU)
-
 
 def _read_capabilities(config: Any) -> Capabilities:
     """What this vLLM can hold."""
     lora = config.lora_config
-    if lora is None:
-        raise ConfigError("LoRA is off: start vLLM with enable_lora=True")
-    parallel = config.parallel_config
-    refused = {
-        "data_parallel_size > 1": parallel.data_parallel_size > 1,
-        "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
-        "several nodes": getattr(parallel, "nnodes", 1) > 1,
-        "api_server_count > 1": getattr(parallel, "_api_process_count", 1) > 1,
-        "enable_sleep_mode": bool(getattr(config.model_config, "enable_sleep_mode", False)),
-    }
-    for what, present in refused.items():
-        if present:
-            raise ConfigError(
-                f"an engine with {what} cannot be managed: run several engines, each with its "
-                "own cache"
-            )
     slots, places = int(lora.max_loras), int(lora.max_cpu_loras)
     if places < 2:
         raise ConfigError(
@@ -251,6 +185,6 @@ def _read_capabilities(config: Any) -> Capabilities:
         max_rank=int(lora.max_lora_rank),
         stages_without_slot=False,
         max_in_flight=1,
-        tensor_parallel=int(parallel.tensor_parallel_size),
+        tensor_parallel=int(config.parallel_config.tensor_parallel_size),
         widths=widths_of(config.model_config),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,7 @@ class FakeEngine:
         self._faults: dict[str, list[LoraCacheError]] = {}
         self._attached = False
         self._dead = False
+        self._drifted: Callable[[], None] = lambda: None
         self.loads: Counter[AdapterKey] = Counter()
         self.activations: Counter[AdapterKey] = Counter()
         self.uses: Counter[AdapterKey] = Counter()
@@ -103,6 +104,10 @@ class FakeEngine:
     def plant(self, key: AdapterKey) -> None:
         """Hold an adapter in host memory that nobody asked for."""
         self._host.add(key)
+
+    def tell(self) -> None:
+        """Say, as a worker does, that copies have moved by themselves (see `lose`, `plant`)."""
+        self._drifted()
 
     def die(self) -> None:
         """The engine process is gone."""
@@ -155,6 +160,9 @@ class FakeEngine:
 
     def slots(self) -> dict[int, AdapterKey]:
         return {i: key for i, key in enumerate(self._slots) if key is not None}
+
+    def watch(self, drifted: Callable[[], None]) -> None:
+        self._drifted = drifted
 
     def begin_use(self, key: AdapterKey) -> None:
         self.uses[key] += 1

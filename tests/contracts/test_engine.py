@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -15,6 +15,8 @@ import pytest
 
 from lora_cache import Adapter, AdapterKey, AdapterRef, Tier
 from lora_cache.engines import Engine, TransitionFailedError, make_engine
+from lora_cache.engines.resident.engine import ResidentEngine
+from lora_cache.engines.stock import StockEngine
 from lora_cache.errors import ConfigError, EngineError, LoadFailedError
 from lora_cache.planner import Transition
 from lora_cache.sources import LocalSource
@@ -31,6 +33,7 @@ class Bench:
     """An engine under test, and what it takes to use it."""
 
     target: Any
+    make: Callable[[Any], Engine]
     runner: asyncio.Runner
     adapters: list[Adapter]
     broken: Adapter
@@ -42,7 +45,7 @@ class Bench:
 
     @asynccontextmanager
     async def engine(self) -> AsyncIterator[Engine]:
-        engine = make_engine(self.target)
+        engine = self.make(self.target)
         if isinstance(engine, FakeEngine):
             engine.fail_next("broken")
         await engine.attach()
@@ -53,7 +56,13 @@ class Bench:
             assert (await engine.holdings()).host == frozenset()
 
 
-def _real_bench(target: Any, runner: asyncio.Runner, directories: list[Path], tmp: Path) -> Bench:
+def _real_bench(
+    target: Any,
+    make: Callable[[Any], Engine],
+    runner: asyncio.Runner,
+    directories: list[Path],
+    tmp: Path,
+) -> Bench:
     from vllm import SamplingParams
 
     source = LocalSource()
@@ -62,6 +71,7 @@ def _real_bench(target: Any, runner: asyncio.Runner, directories: list[Path], tm
     weights.write_bytes(weights.read_bytes().replace(b"attn.q_proj", b"attn.x_proj"))
     return Bench(
         target,
+        make,
         runner,
         [source.resolve(AdapterRef.local(path)) for path in directories],
         source.resolve(AdapterRef.local(broken)),
@@ -75,6 +85,8 @@ def _real_bench(target: Any, runner: asyncio.Runner, directories: list[Path], tm
         "fake",
         pytest.param("stock-llm", marks=pytest.mark.vllm),
         pytest.param("stock-async-llm", marks=pytest.mark.vllm),
+        pytest.param("resident-llm", marks=pytest.mark.vllm),
+        pytest.param("resident-async-llm", marks=pytest.mark.vllm),
     ]
 )
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
@@ -83,15 +95,17 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
         fake = FakeEngine(SLOTS, HOST, max_rank=MAX_RANK, tokens=20)
         with asyncio.Runner() as runner:
             adapters = [source.add(f"a{number}") for number in range(12)]
-            yield Bench(fake, runner, adapters, source.add("broken"), "?", None)
+            yield Bench(fake, make_engine, runner, adapters, source.add("broken"), "?", None)
         return
     directories = request.getfixturevalue("adapters")
-    if request.param == "stock-llm":
+    kind, _, fixture = request.param.partition("-")
+    make, prefix = (StockEngine, "") if kind == "stock" else (ResidentEngine, "resident_")
+    target = request.getfixturevalue(prefix + fixture.replace("-", "_"))
+    if fixture == "llm":
         with asyncio.Runner() as runner:
-            yield _real_bench(request.getfixturevalue("llm"), runner, directories, tmp_path)
-        return
-    target, runner = request.getfixturevalue("async_llm")
-    yield _real_bench(target, runner, directories, tmp_path)
+            yield _real_bench(target, make, runner, directories, tmp_path)
+    else:
+        yield _real_bench(target[0], make, target[1], directories, tmp_path)
 
 
 def load(
@@ -127,7 +141,7 @@ async def answer(bench: Bench, engine: Engine, adapter: Adapter | None) -> str:
 
 
 def test_capabilities_are_the_engine_s(bench: Bench) -> None:
-    capabilities = make_engine(bench.target).capabilities
+    capabilities = bench.make(bench.target).capabilities
     assert capabilities.slots == SLOTS
     assert capabilities.host_entries == HOST
     assert capabilities.max_rank == MAX_RANK
@@ -252,7 +266,7 @@ def test_a_second_manager_is_refused(bench: Bench) -> None:
     async def main() -> None:
         async with bench.engine():
             with pytest.raises(ConfigError, match="already has a manager"):
-                await make_engine(bench.target).attach()
+                await bench.make(bench.target).attach()
 
     bench.run(main())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -86,19 +88,63 @@ def llm(tiny_model: Path) -> Any:
     return ALIVE[-1]
 
 
+@contextmanager
+def switched_on() -> Iterator[None]:
+    """In-process engines that are made in here can be resident ones; all others stay vLLM's."""
+    from lora_cache.engines.resident import compat
+
+    mixin: Any = import_module(compat.MIXIN_MODULE)
+    stock = mixin.LRUCacheWorkerLoRAManager
+    load = mixin.LoRAModelRunnerMixin.load_lora_model
+    compat.take_over(mixin)
+    try:
+        yield
+    finally:
+        mixin.LRUCacheWorkerLoRAManager = stock
+        mixin.LoRAModelRunnerMixin.load_lora_model = load
+        del mixin.lora_cache_resident
+
+
 @pytest.fixture(scope="session")
-def async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
-    """One `AsyncLLM` (always a process of its own), and the loop it lives on."""
+def resident_llm(tiny_model: Path) -> Any:
+    """One in-process `vllm.LLM` for the resident engine."""
+    from vllm import LLM
+
+    with switched_on():
+        ALIVE.append(LLM(**engine_arguments(tiny_model, max_cpu_loras=MAX_CPU_LORAS - 1)))
+    return ALIVE[-1]
+
+
+@contextmanager
+def start_async_llm(model: Path, **changes: Any) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """An `AsyncLLM` (always a process of its own), and the loop it lives on."""
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     async def start() -> Any:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(tiny_model)))
+        arguments = engine_arguments(model, **changes)
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     with asyncio.Runner() as runner:
         llm = runner.run(start())
         yield llm, runner
         llm.shutdown()
+
+
+@pytest.fixture(scope="session")
+def async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """One `AsyncLLM` for all tests."""
+    with start_async_llm(tiny_model) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def resident_async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """One `AsyncLLM` for the resident engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_CACHE_RESIDENT", "1")
+        with start_async_llm(tiny_model, max_cpu_loras=MAX_CPU_LORAS - 1) as started:
+            yield started
 
 
 class Inside:

@@ -1,0 +1,362 @@
+"""The resident engine: explicit slots inside vLLM, filled beside the step loop.
+
+The manager decides who is in which slot, the packer writes images into the arena, an agent thread
+in each of vLLM's workers copies them into slots and publishes them.  Needs a vLLM that was started
+with ``LORA_CACHE_RESIDENT=1`` in its environment (`plugin`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from lora_cache.adapter import Adapter, AdapterKey
+from lora_cache.engines import SWITCH
+from lora_cache.engines.base import Capabilities, TransitionFailedError
+from lora_cache.engines.managed import ManagedVllm
+from lora_cache.engines.resident import wire
+from lora_cache.engines.resident.arena import Arena, ArenaFullError
+from lora_cache.engines.resident.layout import Contents, Layout
+from lora_cache.engines.resident.packing_line import PackingLine
+from lora_cache.engines.resident.workers import WorkerError, WorkerLostError, Workers
+from lora_cache.engines.widths import widths_of
+from lora_cache.errors import (
+    CannotPackError,
+    ConfigError,
+    EngineDeadError,
+    EngineError,
+    LoraCacheError,
+)
+from lora_cache.planner import Holdings, Transition
+from lora_cache.state import Tier
+
+logger = logging.getLogger(__name__)
+
+_HELLO_S = 60.0
+#: Images beyond the budget: a newcomer is packed before its victim leaves.
+_SLACK_IMAGES = 4
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A packed adapter in the arena, one stretch a worker.
+
+    None at all for an adapter that only vLLM's loader knows: the workers keep what that made.
+    """
+
+    contents: list[Contents] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+
+
+class ResidentEngine(ManagedVllm):
+    """vLLM with slots of our own.
+
+    Args:
+        target: a `vllm.AsyncLLM` or a `vllm.LLM`, started with ``enable_lora=True`` and
+            ``LORA_CACHE_RESIDENT=1`` in the environment.
+
+    Attributes:
+        displaced: how often a worker had to bring in an adapter by itself, because a request ran
+            that no lease had announced.
+
+    Raises:
+        ConfigError: LoRA is off, or the topology is one that cannot be managed.
+    """
+
+    def __init__(self, target: Any) -> None:
+        super().__init__(target)
+        self._capabilities = _read_capabilities(self._client.vllm_config)
+        self._workers = Workers(self._on_displaced, self._on_lost)
+        self._arena: Arena | None = None
+        self._line: PackingLine | None = None
+        self._images: dict[AdapterKey, _Image] = {}
+        self._slots: dict[int, AdapterKey] = {}
+        self._reserved: set[int] = set()  # slots that a transition in flight writes
+        self._lost = False
+        self.displaced = 0
+        self._drifted: Callable[[], None] = lambda: None
+
+    # ------------------------------------------------------------------ attach, detach
+
+    async def attach(self) -> None:
+        self._claim()
+        try:
+            await self._connect()
+        except BaseException:
+            await self._release()
+            self._disclaim()
+            raise
+
+    async def _connect(self) -> None:
+        from vllm.lora.request import LoRARequest
+
+        path = await self._workers.listen()
+        door = LoRARequest(lora_name=wire.ATTACH, lora_int_id=self._fresh_id(), lora_path=path)
+        try:
+            await self._client.add_lora(door)
+        except Exception as error:  # stock vLLM looks for an adapter there
+            if self._client.is_dead:
+                raise self._map(error, "vLLM did not answer") from error
+            raise ConfigError(
+                f"this vLLM was started without {SWITCH}=1 in its environment, which the resident "
+                "engine needs: set it before the engine is made, or use the stock engine"
+            ) from error
+        try:
+            await self._workers.gather(_HELLO_S)
+        except WorkerLostError as error:
+            raise EngineError(f"vLLM's workers did not connect: {error}") from error
+        layouts = [
+            msgspec.msgpack.decode(worker.hello.layout, type=Layout) for worker in self._workers.all
+        ]
+        most = sum(layout.max_nbytes(layout.max_rank) for layout in layouts)
+        # Virtual: memory is taken as images are written.
+        entries = self._capabilities.host_entries + len(layouts) * _SLACK_IMAGES
+        self._arena = Arena(most * entries)
+        self._line = PackingLine(self._arena, layouts)
+        self._workers.tell(wire.Welcome(self._arena.path, self._arena.nbytes))
+
+    async def detach(self) -> None:
+        if self._disclaim():
+            await self._release()
+
+    async def _release(self) -> None:
+        await self._workers.close()
+        if self._line is not None:
+            await self._line.close()
+            self._line = None
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+        self._images.clear()
+        self._slots.clear()
+        self._reserved.clear()
+
+    # ------------------------------------------------------------------ transitions
+
+    async def apply(self, move: Transition, adapter: Adapter | None) -> None:
+        demoted: list[AdapterKey] = []
+        try:
+            if adapter is not None:
+                await self._bring_in(move, adapter, demoted)
+            leaving = [key for key in (*move.demote, *move.drop) if key not in demoted]
+            await self._empty(leaving)
+            await self._forget(move.drop)
+        except TransitionFailedError:
+            raise
+        except WorkerError as error:
+            raise TransitionFailedError(
+                self._error(error, f"vLLM did not drop {move.drop}"), demoted=demoted
+            ) from error
+
+    async def _bring_in(
+        self, move: Transition, adapter: Adapter, demoted: list[AdapterKey]
+    ) -> None:
+        fresh = adapter.key not in self._images
+        try:
+            image = await self._stage(adapter)
+        except (LoraCacheError, ArenaFullError, WorkerError) as error:
+            raise TransitionFailedError(
+                self._error(error, f"{adapter.key} could not be brought in", adapter.key)
+            ) from error
+        if move.to is not Tier.GPU:
+            return
+        slot, victim = self._place(move)
+        try:
+            await self._activate(adapter, image, slot, victim)
+        except WorkerError as error:
+            if victim is not None:
+                demoted.append(victim)
+            await self._give_up(slot, adapter.key, victim)
+            if fresh:
+                await self._forget([adapter.key])
+            raise TransitionFailedError(
+                self._error(error, f"vLLM could not load {adapter.key}", adapter.key),
+                demoted=demoted,
+            ) from error
+        finally:
+            self._reserved.discard(slot)
+        self._slots[slot] = adapter.key
+        if victim is not None:
+            demoted.append(victim)
+
+    async def _activate(
+        self, adapter: Adapter, image: _Image, slot: int, victim: AdapterKey | None
+    ) -> None:
+        """Have every worker write the adapter into `slot`, and publish it."""
+        lora_id = self._id_of(adapter.key)
+        displaces = 0 if victim is None else self._id_of(victim)
+
+        def load(op: int, worker: int) -> wire.ToAgent:
+            if not image.offsets:
+                return wire.LoadNative(op, lora_id, slot, str(adapter.path), displaces)
+            where = image.offsets[worker], image.nbytes[worker], image.contents[worker]
+            return wire.Load(op, lora_id, slot, *where, displaces)
+
+        await self._workers.command(load)
+
+    async def _stage(self, adapter: Adapter) -> _Image:
+        """The adapter's image in host memory, made if it is not there."""
+        key = adapter.key
+        if key in self._images:
+            return self._images[key]
+        lora_id = self._request_for(adapter).lora_int_id
+        try:
+            self._images[key] = await self._pack(adapter)
+        except CannotPackError as error:
+            logger.info("%s takes the slow path: %s", key, error)
+            path = str(adapter.path)
+            await self._workers.command(lambda op, _: wire.LoadNative(op, lora_id, -1, path))
+            self._images[key] = _Image()
+        return self._images[key]
+
+    async def _pack(self, adapter: Adapter) -> _Image:
+        if self._line is None or self._arena is None:
+            raise EngineDeadError("the engine is gone; build a new engine and cache")
+        contents, nbytes = await self._line.examine(adapter.path)
+        offsets: list[int] = []
+        try:
+            for length in nbytes:
+                offsets.append(self._arena.allocate(length))
+            await self._line.pack(adapter.path, offsets, nbytes)
+        except BaseException:
+            for offset in offsets:
+                self._arena.free(offset)
+            raise
+        return _Image(contents, offsets, nbytes)
+
+    def _place(self, move: Transition) -> tuple[int, AdapterKey | None]:
+        """The slot to write: the victim's, or else a free one."""
+        for victim in move.demote:
+            for slot, key in self._slots.items():
+                if key == victim and slot not in self._reserved:
+                    self._reserved.add(slot)
+                    return slot, victim
+        for slot in range(self._capabilities.slots):
+            if slot not in self._slots and slot not in self._reserved:
+                self._reserved.add(slot)
+                return slot, None
+        raise TransitionFailedError(
+            EngineError("the slots are not as the cache believes: call reconcile()")
+        )
+
+    async def _give_up(self, slot: int, key: AdapterKey, victim: AdapterKey | None) -> None:
+        """A load failed, on some worker at least: have the slot empty on all of them."""
+        self._slots.pop(slot, None)
+        ids = [self._id_of(each) for each in (key, victim) if each is not None]
+        try:
+            await self._workers.command(lambda op, _: wire.Unload(op, ids))
+        except WorkerError:
+            logger.exception("slot %d could not be emptied: call reconcile()", slot)
+
+    async def _empty(self, keys: list[AdapterKey]) -> None:
+        ids = [self._id_of(key) for key in keys if key in self._slots.values() or _is_foreign(key)]
+        if ids:
+            await self._workers.command(lambda op, _: wire.Unload(op, ids))
+            self._slots = {slot: key for slot, key in self._slots.items() if key not in keys}
+
+    async def _forget(self, keys: Sequence[AdapterKey]) -> None:
+        """Drop these from host memory."""
+        native = []
+        for key in keys:
+            image = self._images.pop(key, None)
+            if image is not None and not image.offsets:
+                native.append(self._id_of(key))
+            elif image is not None and self._arena is not None:
+                for offset in image.offsets:
+                    self._arena.free(offset)
+        if native:
+            await self._workers.command(lambda op, _: wire.Unload(op, native, forget=True))
+
+    # ------------------------------------------------------------------ questions
+
+    async def holdings(self) -> Holdings:
+        if not self._workers.all:
+            if self._lost:
+                raise self._error(WorkerLostError("the worker has died"), "vLLM did not answer")
+            return Holdings({}, frozenset())
+        try:
+            answers = await self._workers.command(lambda op, _: wire.Report(op))
+        except WorkerError as error:
+            raise self._error(error, "vLLM did not answer") from error
+        tables = [answer.slots for answer in answers if isinstance(answer, wire.Holding)]
+        # A slot counts only if all tensor-parallel workers hold the same in it.
+        self._slots = {
+            slot: self._key_of(ids[0])
+            for slot, ids in enumerate(zip(*tables, strict=True))
+            if ids[0] and len(set(ids)) == 1
+        }
+        return Holdings(dict(self._slots), frozenset(self._images) | set(self._slots.values()))
+
+    def slots(self) -> dict[int, AdapterKey]:
+        return dict(self._slots)
+
+    def watch(self, drifted: Callable[[], None]) -> None:
+        self._drifted = drifted
+
+    def begin_use(self, key: AdapterKey) -> None:
+        pass  # nothing here depends on who is used
+
+    def end_use(self, key: AdapterKey) -> None:
+        pass
+
+    async def generate(
+        self, prompt: Any, params: Any, *, request_id: str, key: AdapterKey | None, **options: Any
+    ) -> AsyncGenerator[Any, None]:
+        request = self._requests[key] if key is not None else None
+        stream = self._client.generate(prompt, params, request_id, request, **options)
+        async with aclosing(stream):
+            async for output in stream:
+                yield output
+
+    # ------------------------------------------------------------------ what workers tell unasked
+
+    def _on_displaced(self, rank: int, event: wire.Displaced) -> None:
+        if rank:  # every worker of a tensor-parallel group says so
+            return
+        self.displaced += 1
+        logger.warning(
+            "a request that no lease had announced held up a step for %.3f s: slot %d",
+            event.seconds, event.slot,
+        )  # fmt: skip
+        if event.new_id:
+            self._slots[event.slot] = self._key_of(event.new_id)
+        else:
+            self._slots.pop(event.slot, None)
+        self._drifted()
+
+    def _on_lost(self) -> None:
+        self._lost = True
+        logger.error("a worker of vLLM has died, or gave its slots back")
+
+    def _error(
+        self, error: BaseException, what: str, key: AdapterKey | None = None
+    ) -> LoraCacheError:
+        if isinstance(error, WorkerLostError) or self._lost:
+            return EngineDeadError(f"{what}: the engine has died; build a new engine and cache")
+        return self._map(error, what, key)
+
+
+def _is_foreign(key: AdapterKey) -> bool:
+    return key.digest.startswith("foreign:")
+
+
+def _read_capabilities(config: Any) -> Capabilities:
+    lora = config.lora_config
+    return Capabilities(
+        name="resident",
+        max_loras=int(lora.max_loras),
+        max_cpu_loras=int(lora.max_cpu_loras),
+        slots=int(lora.max_loras),
+        host_entries=int(lora.max_cpu_loras),
+        max_rank=int(lora.max_lora_rank),
+        stages_without_slot=True,
+        max_in_flight=None,
+        tensor_parallel=int(config.parallel_config.tensor_parallel_size),
+        widths=widths_of(config.model_config),
+    )

@@ -1,0 +1,101 @@
+"""The switch: inert unless set, lazy, idempotent, and careful with a vLLM that it does not know."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from lora_cache.engines import SWITCH
+from lora_cache.engines.resident import compat, plugin
+
+pytestmark = pytest.mark.vllm
+
+ASK = """
+import sys
+from lora_cache.engines.resident import plugin
+for _ in range(3):
+    plugin.register()
+for heavy in ("lora_cache.engines.resident.worker", "vllm.lora.worker_manager"):
+    assert {vllm_first} or heavy not in sys.modules, "registering must be cheap"
+import vllm.v1.worker.lora_model_runner_mixin as mixin
+for _ in range(3):
+    plugin.register()
+load = mixin.LoRAModelRunnerMixin.load_lora_model
+print("FOUND", mixin.LRUCacheWorkerLoRAManager.__name__, hasattr(load, "__wrapped__"),
+      hasattr(getattr(load, "__wrapped__", None), "__wrapped__"),
+      sum(type(finder).__module__.startswith("lora_cache") for finder in sys.meta_path))
+"""
+
+
+def in_a_process(switch: str | None, first: str = "") -> list[str]:
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    if switch is not None:
+        environment[SWITCH] = switch
+    done = subprocess.run(
+        [sys.executable, "-c", first + ASK.format(vllm_first=bool(first))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    return line.split()[1:]
+
+
+@pytest.mark.parametrize("switch", [None, "", "0"])
+def test_inert_without_the_switch(switch: str | None) -> None:
+    assert in_a_process(switch) == ["LRUCacheWorkerLoRAManager", "False", "False", "0"]
+
+
+@pytest.mark.parametrize("first", ["", "import vllm.v1.worker.lora_model_runner_mixin\n"])
+def test_takes_over_once_before_or_after_the_import(first: str) -> None:
+    assert in_a_process("1", first) == ["ResidentLoRAManager", "True", "False", "0"]
+
+
+@pytest.mark.parametrize("version", ["0.25.2", "0.34.0", "1.0.0", "0.3.1.dev0"])
+def test_an_unknown_version_stays_stock(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(SWITCH, "1")
+    monkeypatch.setattr("vllm.version.__version__", version)
+    before = list(sys.meta_path)
+    plugin.register()
+    assert sys.meta_path == before
+    (record,) = caplog.records
+    assert f"stays off: vLLM {version} is installed, and 0.26 to 0.33" in record.getMessage()
+
+
+def test_a_vllm_that_lacks_what_we_need_stays_stock(caplog: pytest.LogCaptureFixture) -> None:
+    stock = type("Stock", (), {"_manager_cls": type("Manager", (), {})})
+    mixin = ModuleType("mixin")
+    mixin.__dict__.update(
+        LRUCacheWorkerLoRAManager=stock,
+        LoRAModelRunnerMixin=SimpleNamespace(load_lora_model=None),
+    )
+    caplog.set_level(logging.ERROR)
+    compat.take_over(mixin)
+    assert mixin.LRUCacheWorkerLoRAManager is stock
+    assert "lacks Stock._apply_adapters" in caplog.text
+    assert "Manager.activate_adapter" in caplog.text
+
+
+def test_the_installed_vllm_has_what_we_need() -> None:
+    assert compat.unknown_version() is None
+    assert compat.missing_names(import_module(compat.MIXIN_MODULE)) == []
+
+
+def test_the_entry_point_is_declared() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (target,) = project["entry-points"]["vllm.general_plugins"].values()
+    module, _, name = target.partition(":")
+    assert getattr(import_module(module), name) is plugin.register
