@@ -173,7 +173,7 @@ class Planner:
         key = move.load
         reason = _REMOVED if key is None else _EVICTED
         from_host = key is not None and flight.source is _HOST
-        left_gpu, left_host = residency.commit(op, reason, cost_s, now, from_host=from_host)
+        left_gpu, left_host = residency.commit(op, reason, cost_s, now, from_host)
         if key is None:
             counters.unloads += left_host
         else:

@@ -127,9 +127,10 @@ class TierTable:
         Returns:
             how many copies left.
         """
-        if op not in self.claims:
+        claim = self.claims.pop(op, None)
+        if claim is None:
             return 0
-        new, victims, entries, nbytes = self.claims.pop(op)
+        new, victims, entries, nbytes = claim
         for copy in victims:
             self._forget(copy, reason, now)
         if new is not None:
