@@ -219,7 +219,7 @@ def test_demo() -> None:
     result = python("-m", "lora_cache", "demo", "--json", timeout=580)
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
-    assert (shown["engine"], shown["policy"], shown["drift"]) == ("stock", "lru", 0)
+    assert (shown["engine"], shown["policy"], shown["drift"]) == ("resident", "lru", 0)
     assert (shown["max_loras"], shown["max_cpu_loras"]) == (2, 4)
     hits = [shown["slot_hits"], shown["host_hits"], shown["disk_hits"]]
     assert min(hits) >= 1

@@ -19,6 +19,7 @@ from lora_cache.cache import AsyncLoraCache
 from lora_cache.catalog import AdapterLike
 from lora_cache.demo.catalogue import ADAPTERS, PROMPTS, adapter_dir
 from lora_cache.demo.model import prepare_model
+from lora_cache.engines import SWITCH
 from lora_cache.errors import EngineError, LoraCacheError, MissingExtraError
 from lora_cache.lease import Lease
 from lora_cache.policies import make_policy
@@ -127,8 +128,11 @@ class View(Protocol):
         """A request has ended."""
 
 
-def run(view: View, *, requests: int, policy: str, seed: int) -> Progress:
+def run(view: View, *, requests: int, policy: str, seed: int, engine: str = "resident") -> Progress:
     """Run the demo.
+
+    Args:
+        engine: ``"resident"`` or ``"stock"``.
 
     Raises:
         MissingExtraError: vLLM or the demo's model is not installed.
@@ -141,7 +145,7 @@ def run(view: View, *, requests: int, policy: str, seed: int) -> Progress:
         )
     started = time.perf_counter()
     view.stage("starting vLLM on this machine's CPU (half a minute; the first time, a whole one)")
-    llm, version = _start_engine()
+    llm, version = _start_engine(engine)
     view.stage(f"asking the base model {len(PROMPTS)} questions, for comparison")
     chat = {prompt: _chat(llm, prompt) for prompt in PROMPTS}
     base = _ask_base(llm, chat)
@@ -152,7 +156,7 @@ def run(view: View, *, requests: int, policy: str, seed: int) -> Progress:
     ]
     progress.startup_s = time.perf_counter() - started
     view.stage(f"serving {requests} requests for {len(ADAPTERS)} adapters in {MAX_LORAS} slots")
-    asyncio.run(_serve(llm, chat, progress, view))
+    asyncio.run(_serve(llm, chat, progress, view, engine))
     return progress
 
 
@@ -212,8 +216,9 @@ def _print_tail(log: IO[bytes]) -> None:
     print(*lines[-_LOG_TAIL_LINES:], sep="\n", file=sys.stderr)
 
 
-def _start_engine() -> tuple[Any, str]:
+def _start_engine(engine: str) -> tuple[Any, str]:
     os.environ.update(_ENVIRONMENT)
+    os.environ[SWITCH] = "1" if engine == "resident" else "0"
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     # It overrules kv_cache_memory_bytes, and reserves gigabytes for what needs a few megabytes.
@@ -276,9 +281,11 @@ class _ObservedCache(AsyncLoraCache):
         return lease
 
 
-async def _serve(llm: Any, chat: dict[str, str], progress: Progress, view: View) -> None:
+async def _serve(
+    llm: Any, chat: dict[str, str], progress: Progress, view: View, engine: str
+) -> None:
     started = time.perf_counter()
-    async with _ObservedCache(llm, policy=progress.policy, publish=True) as cache:
+    async with _ObservedCache(llm, engine=engine, policy=progress.policy, publish=True) as cache:
 
         def look() -> None:
             progress.stats, progress.snapshot = cache.stats(), cache.snapshot()

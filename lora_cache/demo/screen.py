@@ -135,7 +135,9 @@ def summary(progress: Progress, stats: Stats) -> RenderableType:
     grid.add_row("mean wait", waits.append("for a slot, and for the load"))
     grid.add_row("moves", moves)
     grid.add_row("time", end)
-    return _panel(f"vLLM {progress.vllm}, stock engine, policy {progress.policy}", grid, 4)
+    engine = progress.snapshot.engine if progress.snapshot else ""
+    title = f"vLLM {progress.vllm}, {engine} engine, policy {progress.policy}"
+    return _panel(title, grid, 4)
 
 
 def final(progress: Progress) -> RenderableType:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lora_cache.engines import SWITCH
 from tests.real.parts import write_adapter, write_tiny_llama
 
 # In-process engines: a test can look into the slots, and they start in seconds.
@@ -116,8 +117,14 @@ def resident_llm(tiny_model: Path) -> Any:
 
 
 @contextmanager
-def start_async_llm(model: Path, **changes: Any) -> Iterator[tuple[Any, asyncio.Runner]]:
-    """An `AsyncLLM` (always a process of its own), and the loop it lives on."""
+def start_async_llm(
+    model: Path, *, resident: bool = False, **changes: Any
+) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """An `AsyncLLM` (always a process of its own), and the loop it lives on.
+
+    Args:
+        resident: let its workers be taken over.
+    """
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -126,7 +133,10 @@ def start_async_llm(model: Path, **changes: Any) -> Iterator[tuple[Any, asyncio.
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
     with asyncio.Runner() as runner:
-        llm = runner.run(start())
+        # Only while it starts: caches that are told nothing look at it, too.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(SWITCH, "1" if resident else "0")
+            llm = runner.run(start())
         yield llm, runner
         llm.shutdown()
 
@@ -141,10 +151,8 @@ def async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
 @pytest.fixture(scope="session")
 def resident_async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
     """One `AsyncLLM` for the resident engine."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORA_CACHE_RESIDENT", "1")
-        with start_async_llm(tiny_model, max_cpu_loras=MAX_CPU_LORAS - 1) as started:
-            yield started
+    with start_async_llm(tiny_model, resident=True, max_cpu_loras=MAX_CPU_LORAS - 1) as started:
+        yield started
 
 
 class Inside:

@@ -19,18 +19,26 @@ from tests.real.test_stock_engine import greedy, prompt
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize("policy", ["lru", "random"])
+@pytest.mark.parametrize(
+    ("engine", "policy"), [("stock", "lru"), ("stock", "random"), ("resident", "random")]
+)
 def test_random_traffic_and_every_way_to_end_a_request(
-    async_llm: tuple[Any, asyncio.Runner], adapters: list[Path], policy: str
+    request: pytest.FixtureRequest, adapters: list[Path], engine: str, policy: str
 ) -> None:
     """Requests read to the end, left early, closed, cancelled, forgotten; loads that fail."""
-    target, runner = async_llm
+    fixture = "async_llm" if engine == "stock" else "resident_async_llm"
+    target, runner = request.getfixturevalue(fixture)
     rng = random.Random(5)
 
     async def main(broken: Path) -> None:
         chosen: Any = (lambda: RandomPolicy(3)) if policy == "random" else policy
         async with AsyncLoraCache(
-            target, policy=chosen, drain_after_s=0.05, retry_s=0.05, publish=False
+            target,
+            engine=engine,
+            policy=chosen,
+            drain_after_s=0.05,
+            retry_s=0.05,
+            publish=False,
         ) as cache:
             forgotten = []
 
@@ -78,7 +86,7 @@ def test_random_traffic_and_every_way_to_end_a_request(
             assert stats.gpu_evictions > 20
             assert stats.drift == 0
 
-    broken = write_adapter(adapters[0].parent / f"broken-{policy}")
+    broken = write_adapter(adapters[0].parent / f"broken-{engine}-{policy}")
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes().replace(b"attn.q_proj", b"attn.x_proj"))
     runner.run(asyncio.wait_for(main(broken), 200))

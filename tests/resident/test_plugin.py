@@ -52,9 +52,16 @@ def in_a_process(switch: str | None, first: str = "") -> list[str]:
     return line.split()[1:]
 
 
-@pytest.mark.parametrize("switch", [None, "", "0"])
-def test_inert_without_the_switch(switch: str | None) -> None:
-    assert in_a_process(switch) == ["LRUCacheWorkerLoRAManager", "False", "False", "0"]
+def test_inert_without_the_switch() -> None:
+    assert in_a_process(None) == ["LRUCacheWorkerLoRAManager", "False", "False", "0"]
+
+
+@pytest.mark.parametrize("switch", ["", "0", "no"])
+def test_another_value_is_no_switch(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, switch)
+    before = list(sys.meta_path)
+    plugin.register()
+    assert sys.meta_path == before
 
 
 @pytest.mark.parametrize("first", ["", "import vllm.v1.worker.lora_model_runner_mixin\n"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,6 +24,22 @@ class WorkerError(Exception):
 
 class WorkerLostError(WorkerError):
     """A worker has hung up, or died."""
+
+
+_PREFIX = "lora-cache-manager-"
+
+
+def _sweep() -> None:
+    """Remove the directories of managers that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = path.name.removeprefix(_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and path.stat().st_uid == os.geteuid() and not _is_alive(int(pid)):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 @dataclass(eq=False)
@@ -61,7 +78,8 @@ class Workers:
 
     async def listen(self) -> str:
         """Begin to listen, in a private directory of our own; returns the socket's path."""
-        self._directory = Path(tempfile.mkdtemp(prefix="lora-cache-"))  # 0700
+        _sweep()
+        self._directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))  # 0700
         path = self._directory / "manager"
         self._server = await asyncio.start_unix_server(self._welcome, path)
         return str(path)

@@ -1,0 +1,276 @@
+"""The resident engine on a GPU: are slots and answers those of vLLM's own loading?
+
+    python3 -m benchmarks.gpu.resident_exact --json OUT     (GPU, shapes of Llama-3.1-8B)
+    python3 -m benchmarks.gpu.resident_exact --tiny         (CPU, half a minute)
+
+One engine, first as vLLM manages it: for every adapter the answers to two prompts, and for some the
+content of the slot.  A second pass in other batches says how far stock vLLM is from itself.  Then a
+cache attaches, and requests arrive at random, by popularity, for `--seconds`: more adapters than
+slots, so they come and go all the time while others decode.  Every answer is compared with vLLM's.
+At the end some adapters are leased, and their slots compared number for number.
+
+An answer that differs somewhere is *wrong* if another adapter's answers are nearer to it than those
+of its own, by the number of first tokens they share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.spike_scatter import files, one_part_shrink
+
+Row = dict[str, Any]
+Answers = dict[tuple[int, int], list[int]]  # (adapter, prompt) → tokens
+
+PROMPTS = 2
+CHECKED_SLOTS = 12
+FIRST_ID = 1 << 29  # below those of the cache
+
+
+def prompt(number: int, tiny: bool) -> Any:
+    vocabulary = 400 if tiny else 100_000
+    return {"prompt_token_ids": [(number * 7919 + i * 104729) % vocabulary for i in range(64)]}
+
+
+class Rig:
+    """One engine, its adapters and its slots."""
+
+    def __init__(self, llm: Any, adapters: list[Path], options: argparse.Namespace) -> None:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        self.llm, self.adapters, self.options = llm, adapters, options
+        core = llm.llm_engine.engine_core.engine_core
+        self.runner = core.model_executor.driver_worker.worker.model_runner
+        self.async_scheduling = core.vllm_config.scheduler_config.async_scheduling
+        self.manager = self.runner.lora_manager._adapter_manager
+        self.params = SamplingParams(
+            temperature=0, max_tokens=options.tokens, ignore_eos=True, detokenize=False
+        )
+        self.requests = [
+            LoRARequest(lora_name=f"native-{i}", lora_int_id=FIRST_ID + i, lora_path=str(path))
+            for i, path in enumerate(adapters)
+        ]
+
+    def slot(self, index: int) -> list[Any]:
+        """Every stacked tensor of a slot, copied to the CPU."""
+        import torch
+
+        found, seen = [], set()
+        for module in self.manager.modules.values():
+            for name in ("lora_a_stacked", "lora_b_stacked"):
+                held = getattr(module, name, ())
+                for tensor in (held,) if isinstance(held, torch.Tensor) else held:
+                    if tensor.data_ptr() not in seen:
+                        seen.add(tensor.data_ptr())
+                        found.append(tensor[index].cpu().clone())
+        return found
+
+    def native_slot(self, adapter: int) -> list[Any]:
+        request = self.requests[adapter]
+        self.llm.llm_engine.add_lora(request)
+        held = self.slot(self.manager.lora_index_to_id.index(request.lora_int_id))
+        self.llm.llm_engine.remove_lora(request.lora_int_id)
+        return held
+
+    def native_answers(self, order: Iterable[tuple[int, int]]) -> Answers:
+        """VLLM's own answers, as many adapters at a time as there are slots."""
+        found: Answers = {}
+        questions = list(order)
+        for start in range(0, len(questions), self.options.slots):
+            group = questions[start : start + self.options.slots]
+            outputs = self.llm.generate(
+                [prompt(which, self.options.tiny) for _, which in group],
+                self.params,
+                lora_request=[self.requests[adapter] for adapter, _ in group],
+                use_tqdm=False,
+            )
+            for question, output in zip(group, outputs, strict=True):
+                found[question] = list(output.outputs[0].token_ids)
+        return found
+
+
+def shared(one: list[int], other: list[int]) -> int:
+    """How many first tokens two answers share."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+
+
+def judge(answers: list[tuple[tuple[int, int], list[int]]], expected: Answers) -> Row:
+    """How many are equal, and how many are another adapter's."""
+    equal = wrong = 0
+    for (adapter, which), tokens in answers:
+        own = shared(tokens, expected[adapter, which])
+        equal += own == len(tokens)
+        others = (
+            shared(tokens, e) for (a, w), e in expected.items() if w == which and a != adapter
+        )
+        wrong += own < len(tokens) and max(others, default=0) >= max(own, 1)
+    return {"answers": len(answers), "equal": equal, "wrong": wrong}
+
+
+async def soak(rig: Rig, expected: Answers, native: dict[int, list[Any]]) -> tuple[Row, Row]:
+    """Random arrivals through the cache; then the slots of some adapters."""
+    import torch
+
+    from lora_cache import AsyncLoraCache
+
+    options = rig.options
+    rng = random.Random(options.seed)
+    weights = [(rank + 1) ** -0.8 for rank in range(len(rig.adapters))]
+    answers: list[tuple[tuple[int, int], list[int]]] = []
+    waits: list[float] = []
+    async with AsyncLoraCache(rig.llm, engine="resident", policy="lru", publish=False) as cache:
+        await cache.prefetch(rig.adapters, tier="disk")
+
+        async def ask(adapter: int, which: int) -> None:
+            began = time.monotonic()
+            first, tokens = None, []
+            async for output in cache.generate(
+                prompt(which, options.tiny), rig.params, rig.adapters[adapter]
+            ):
+                first = first or time.monotonic() - began
+                tokens = list(output.outputs[0].token_ids)
+            waits.append(first or 0.0)
+            answers.append(((adapter, which), tokens))
+
+        tasks: set[asyncio.Task[None]] = set()
+        began = time.monotonic()
+        until = began + options.seconds
+        due = began
+        while (due := due + rng.expovariate(options.rate)) < until:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            (adapter,) = rng.choices(range(len(rig.adapters)), weights)
+            task = asyncio.create_task(ask(adapter, rng.randrange(PROMPTS)))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        await asyncio.gather(*tasks)
+        seconds = time.monotonic() - began
+
+        slots_equal = 0
+        for adapter, held in native.items():
+            async with cache.lease(rig.adapters[adapter]) as lease:
+                (slot,) = [s for s, key in cache._engine.slots().items() if key == lease.key]
+                slots_equal += all(map(torch.equal, rig.slot(slot), held))
+        slots: Row = {"adapters": len(native), "tensors": len(held), "equal": slots_equal}
+        control = rig.slot(slot)
+        control[0].view(-1)[0] += 1
+        slots["a_changed_number_is_seen"] = not all(map(torch.equal, control, held))
+        drift = await cache.reconcile()
+        stats = cache.stats()
+        engine: Any = cache._engine
+        waits.sort()
+        row: Row = judge(answers, expected) | {
+            "seconds": round(seconds, 1),
+            "adapters_used": len({adapter for (adapter, _), _ in answers}),
+            "activations": stats.activations,
+            "slot_hits": stats.slot_hits,
+            "host_hits": stats.host_hits,
+            "disk_hits": stats.disk_hits,
+            "load_failures": stats.load_failures,
+            "drift": drift + stats.drift,
+            "displaced": engine.displaced,
+            "mean_load_ms": round(1e3 * stats.load_s / max(1, stats.activations), 2),
+            "first_token_p50_ms": round(1e3 * waits[len(waits) // 2], 1),
+            "first_token_p99_ms": round(1e3 * waits[int(len(waits) * 0.99)], 1),
+        }
+    return row, slots
+
+
+def measure(options: argparse.Namespace, root: Path) -> Row:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["LORA_CACHE_RESIDENT"] = "1"
+    from lora_cache.engines.resident.plugin import register
+
+    register()  # where the package is not installed, vLLM does not find the entry point
+    model, adapters = files(root, options.adapters, options.tiny)
+    import torch
+    import vllm
+
+    if not options.tiny and not options.split_k:
+        one_part_shrink()
+    arguments: Row = {
+        "model": str(model),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": 256,
+        "max_num_seqs": 32,
+        "enable_lora": True,
+        "max_loras": options.slots,
+        "max_cpu_loras": options.adapters,
+        "max_lora_rank": 16,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+    }
+    if options.tiny:
+        arguments |= {"enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
+    else:
+        arguments |= {
+            "dtype": "bfloat16",
+            "kv_cache_memory_bytes": 4 << 30,
+            "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]},
+        }
+    began = time.monotonic()
+    rig = Rig(vllm.LLM(**arguments), adapters, options)
+    started_s = time.monotonic() - began
+    rng = random.Random(options.seed)
+    checked = rng.sample(range(options.adapters), min(CHECKED_SLOTS, options.adapters))
+    native = {adapter: rig.native_slot(adapter) for adapter in checked}
+    questions = [
+        (adapter, which) for which in range(PROMPTS) for adapter in range(options.adapters)
+    ]
+    expected = rig.native_answers(questions)
+    again = rng.sample(questions, min(len(questions), 8 * options.slots))
+    itself = judge(list(rig.native_answers(again).items()), expected)
+    print(json.dumps({"start_s": round(started_s, 1), "stock_against_itself": itself}), flush=True)
+    resident, slots = asyncio.run(soak(rig, expected, native))
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+        "runner": f"{type(rig.runner).__module__}.{type(rig.runner).__qualname__}",
+        "async_scheduling": rig.async_scheduling,
+        "batch_invariant": os.environ.get("VLLM_BATCH_INVARIANT") == "1",
+        "split_k_of_one": not options.split_k,
+        "slots_of_vllm": options.slots,
+        "adapters": options.adapters,
+        "distinct_answers": len({tuple(tokens) for tokens in expected.values()}),
+        "stock_against_itself": itself,
+        "resident_against_stock": resident,
+        "slot_tensors": slots,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model; runs on a CPU")
+    parser.add_argument("--adapters", type=int, default=100)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--rate", type=float, default=10, help="requests a second")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split-k", action="store_true", help="leave vLLM's shrink kernel alone")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    command = f"python3 -m benchmarks.gpu.resident_exact {' '.join(sys.argv[1:])}"
+    with tempfile.TemporaryDirectory() as directory:
+        row: Row = {"command": command} | measure(options, Path(directory))
+    print(json.dumps(row, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(row, indent=1) + "\n")
+    slots, resident = row["slot_tensors"], row["resident_against_stock"]
+    good = slots["equal"] == slots["adapters"] and slots["a_changed_number_is_seen"]
+    return 0 if good and not resident["wrong"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
