@@ -81,7 +81,7 @@ class AsyncLoraCache:
         **settings: Unpack[CacheSettings],
     ) -> None:
         self.config = CacheConfig.of(settings)
-        self._engine = make_engine(target, self.config.engine)
+        self._engine = make_engine(target, self.config.engine, self.config.host_bytes)
         self._limits = limits_of(self.config, self._engine.capabilities)
         self._planner = Planner(
             self._limits,

@@ -14,12 +14,13 @@ __all__ = ["Capabilities", "Engine", "TransitionFailedError", "make_engine"]
 SWITCH = "LORA_CACHE_RESIDENT"
 
 
-def make_engine(target: Any, kind: str = "auto") -> Engine:
+def make_engine(target: Any, kind: str = "auto", host_bytes: int | None = None) -> Engine:
     """The engine for `target`: itself if it is one, else one around it.
 
     Args:
         target: an `Engine`, a `vllm.AsyncLLM` or a `vllm.LLM`.
         kind: ``"stock"``, ``"resident"``, or ``"auto"``: resident if `SWITCH` is set, else stock.
+        host_bytes: what will be kept in host memory at most, for the resident engine.
 
     Raises:
         ConfigError: `target` is none of these, or cannot be managed.
@@ -30,7 +31,7 @@ def make_engine(target: Any, kind: str = "auto") -> Engine:
     if kind == "resident" or (kind == "auto" and os.environ.get(SWITCH) == "1"):
         from lora_cache.engines.resident.engine import ResidentEngine
 
-        return ResidentEngine(target)
+        return ResidentEngine(target, host_bytes)
     from lora_cache.engines.stock import StockEngine
 
     return StockEngine(target)

@@ -8,9 +8,11 @@ with ``LORA_CACHE_RESIDENT=1`` in its environment (`plugin`).
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,6 +40,8 @@ from lora_cache.state import Tier
 logger = logging.getLogger(__name__)
 
 _HELLO_S = 60.0
+#: Bytes of an image for each of its file, at most: float32 slots for a file in bfloat16.
+_IMAGE_BYTES = 2
 #: Images beyond the budget: a newcomer is packed before its victim leaves.
 _SLACK_IMAGES = 4
 
@@ -61,6 +65,9 @@ class ResidentEngine(ManagedVllm):
         target: a `vllm.AsyncLLM` or a `vllm.LLM`, started with ``enable_lora=True`` and
             ``LORA_CACHE_RESIDENT=1`` in the environment.
 
+        host_bytes: what the caller keeps in host memory at most, in bytes of adapter files; if
+            None, up to half of the memory that is available now.
+
     Attributes:
         displaced: how often a worker had to bring in an adapter by itself, because a request ran
             that no lease had announced.
@@ -69,8 +76,9 @@ class ResidentEngine(ManagedVllm):
         ConfigError: LoRA is off, or the topology is one that cannot be managed.
     """
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Any, host_bytes: int | None = None) -> None:
         super().__init__(target)
+        self._host_bytes = host_bytes
         self._capabilities = _read_capabilities(self._client.vllm_config)
         self._workers = Workers(self._on_displaced, self._on_lost)
         self._arena: Arena | None = None
@@ -114,12 +122,25 @@ class ResidentEngine(ManagedVllm):
         layouts = [
             msgspec.msgpack.decode(worker.hello.layout, type=Layout) for worker in self._workers.all
         ]
-        most = sum(layout.max_nbytes(layout.max_rank) for layout in layouts)
-        # Virtual: memory is taken as images are written.
-        entries = self._capabilities.host_entries + len(layouts) * _SLACK_IMAGES
-        self._arena = Arena(most * entries)
+        self._arena = Arena(self._arena_bytes(layouts))
         self._line = PackingLine(self._arena, layouts)
         self._workers.tell(wire.Welcome(self._arena.path, self._arena.nbytes))
+
+    def _arena_bytes(self, layouts: list[Layout]) -> int:
+        """How much the images may take; on a CPU memory is taken only as they are written."""
+        largest = sum(layout.max_nbytes(layout.max_rank) for layout in layouts)
+        wanted = largest * (self._capabilities.host_entries + _SLACK_IMAGES)
+        if self._host_bytes is not None:
+            # Images are padded, and may have a wider dtype than the files.
+            return min(wanted, _IMAGE_BYTES * self._host_bytes + largest * _SLACK_IMAGES)
+        limit = max(_available_bytes() // 2, largest * (self._capabilities.slots + _SLACK_IMAGES))
+        if wanted > limit:
+            logger.warning(
+                "max_cpu_loras=%d adapters of the largest rank would need %.0f GB of host memory: "
+                "%.0f GB are used; say how much you want with host_bytes",
+                self._capabilities.host_entries, wanted / 1e9, limit / 1e9,
+            )  # fmt: skip
+        return min(wanted, limit)
 
     async def detach(self) -> None:
         if self._disclaim():
@@ -340,6 +361,14 @@ class ResidentEngine(ManagedVllm):
         if isinstance(error, WorkerLostError) or self._lost:
             return EngineDeadError(f"{what}: the engine has died; build a new engine and cache")
         return self._map(error, what, key)
+
+
+def _available_bytes() -> int:
+    """Memory that could be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _is_foreign(key: AdapterKey) -> bool:

@@ -1,0 +1,164 @@
+"""From an adapter's files to a slot of a real vLLM, through planner, packer, arena and agent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_cache import AsyncLoraCache
+from lora_cache.engines.resident.engine import ResidentEngine
+from lora_cache.errors import ConfigError
+from tests.real.parts import write_adapter
+from tests.real.test_stock_engine import greedy, prompt
+from tests.resident.asking import request, runner_of
+from tests.resident.scripted import slot_tensors
+
+pytestmark = pytest.mark.vllm
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+def cache_of(llm: Any, **settings: Any) -> AsyncLoraCache:
+    return AsyncLoraCache(llm, engine="resident", policy="lru", publish=False, **settings)
+
+
+def in_slot(llm: Any, slot: int) -> list[torch.Tensor]:
+    manager = runner_of(llm).lora_manager._adapter_manager
+    return [tensor.clone() for tensor in slot_tensors(manager, slot)]
+
+
+def native(llm: Any, path: Path, number: int) -> list[torch.Tensor]:
+    """What stock vLLM has in the slot."""
+    llm.llm_engine.add_lora(lora := request(number, path))
+    manager = runner_of(llm).lora_manager._adapter_manager
+    held = in_slot(llm, manager.lora_index_to_id.index(lora.lora_int_id))
+    llm.llm_engine.remove_lora(lora.lora_int_id)
+    return held
+
+
+async def answer(cache: AsyncLoraCache, path: Path) -> list[int]:
+    outputs = [output async for output in cache.generate(prompt(4), greedy(12), path)]
+    return list(outputs[-1].outputs[0].token_ids)
+
+
+def stock_answer(llm: Any, path: Path, number: int) -> list[int]:
+    lora = request(number, path)
+    (output,) = llm.generate([prompt(4)], greedy(12), lora_request=lora, use_tqdm=False)
+    if lora.lora_int_id in llm.llm_engine.list_loras():
+        llm.llm_engine.remove_lora(lora.lora_int_id)
+    return list(output.outputs[0].token_ids)
+
+
+def test_every_slot_holds_what_vllm_would_put_there(
+    resident_llm: Any, llm: Any, adapters: list[Path]
+) -> None:
+    """Twelve adapters of different ranks and targets through three slots, each slot used again."""
+    expected = [native(llm, path, number) for number, path in enumerate(adapters)]
+
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            used = set()
+            for number in [*range(12), *range(11, -1, -1)]:
+                async with cache.lease(adapters[number]) as lease:
+                    (slot,) = [s for s, key in cache._engine.slots().items() if key == lease.key]
+                    assert all(map(torch.equal, in_slot(resident_llm, slot), expected[number]))
+                used.add(slot)
+            assert len(used) == 3
+            assert await cache.reconcile() == 0
+
+    run(main())
+
+
+def test_what_the_packer_does_not_know_takes_the_slow_path(
+    resident_llm: Any, llm: Any, adapters: list[Path], tmp_path: Path
+) -> None:
+    odd = write_adapter(
+        tmp_path / "odd",
+        seed=77,
+        rank=8,
+        targets=("q_proj",),
+        config={"alpha_pattern": {"q_.*": 24}},
+    )
+    expected = native(llm, odd, 50)
+
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            engine: Any = cache._engine
+            for _ in range(2):  # read once, then kept in the worker's memory
+                async with cache.lease(odd) as lease:
+                    (slot,) = [s for s, key in engine.slots().items() if key == lease.key]
+                    assert all(map(torch.equal, in_slot(resident_llm, slot), expected))
+                    assert engine._images[lease.key].offsets == []
+                for path in adapters[:3]:
+                    await answer(cache, path)
+            stats = cache.stats()
+            assert (stats.disk_loads, stats.activations) == (4, 5 + 3)
+            await cache.unload(odd)
+            assert await cache.reconcile() == 0
+
+    run(main())
+
+
+def test_staging_needs_no_slot(resident_llm: Any, adapters: list[Path]) -> None:
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            leases = [cache.lease(path) for path in adapters[:3]]
+            for lease in leases:
+                await lease.__aenter__()
+            assert await cache.prefetch(adapters[5]) == "host"
+            for lease in leases:
+                await lease.__aexit__(None, None, None)
+            await answer(cache, adapters[5])
+            assert cache.stats().host_hits == 1
+
+    run(main())
+
+
+def test_a_request_without_a_lease_is_right_counted_and_repaired(
+    resident_llm: Any, llm: Any, adapters: list[Path]
+) -> None:
+    expected = stock_answer(llm, adapters[7], 60)
+
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            engine: Any = cache._engine
+            first = [await answer(cache, path) for path in adapters[:3]]
+            assert stock_answer(resident_llm, adapters[7], 61) == expected
+            await asyncio.sleep(0.6)  # the cache is told, and looks
+            assert engine.displaced >= 1
+            assert cache.stats().drift >= 1
+            assert dict(engine.slots()) == dict((await engine.holdings()).slots)
+            assert [await answer(cache, path) for path in adapters[:3]] == first
+            assert await cache.reconcile() == 0
+
+    run(main())
+
+
+def test_a_vllm_without_the_switch_is_refused_clearly(llm: Any) -> None:
+    async def main() -> None:
+        with pytest.raises(ConfigError, match="LORA_CACHE_RESIDENT=1"):
+            await ResidentEngine(llm).attach()
+        with pytest.raises(ConfigError, match="LORA_CACHE_RESIDENT=1"):  # and not: has a manager
+            await ResidentEngine(llm).attach()
+
+    run(main())
+
+
+def test_host_bytes_bound_the_arena(resident_llm: Any, adapters: list[Path]) -> None:
+    async def main() -> None:
+        async with cache_of(resident_llm, host_bytes="300KB") as cache:
+            engine: Any = cache._engine
+            for path in adapters:
+                await answer(cache, path)
+            assert cache.stats().host_evictions > 0
+            assert engine._arena.used <= engine._arena.nbytes
+            assert cache.stats().load_failures == 0
+
+    run(main())

@@ -1,0 +1,129 @@
+"""The packer, a real process: the same bytes as in this one, and every way to fail."""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from lora_cache.engines.resident.arena import Arena
+from lora_cache.engines.resident.packing_line import PackingLine
+from lora_cache.errors import CannotPackError, EngineError, InvalidAdapterError
+from tests.resident.layouts import plain_layout
+
+pytest.importorskip("torch")
+
+Adapter = Callable[..., Path]
+LAYOUTS = [plain_layout("bfloat16"), plain_layout("float32")]  # of two workers that differ
+
+
+@asynccontextmanager
+async def line() -> AsyncIterator[tuple[PackingLine, Arena]]:
+    arena = Arena(64 << 20)
+    packing = PackingLine(arena, LAYOUTS)
+    try:
+        yield packing, arena
+    finally:
+        await packing.close()
+        arena.close()
+
+
+async def pack(packing: PackingLine, arena: Arena, path: Path) -> list[bytes]:
+    _, nbytes = await packing.examine(path)
+    offsets = [arena.allocate(length) for length in nbytes]
+    await packing.pack(path, offsets, nbytes)
+    with mmap.mmap(arena.fd, arena.nbytes) as memory:
+        return [memory[o : o + n] for o, n in zip(offsets, nbytes, strict=True)]
+
+
+def here(path: Path) -> list[bytes]:
+    from lora_cache.engines.resident import packing
+
+    images = []
+    for layout in LAYOUTS:
+        image = np.empty(layout.nbytes(packing.examine(layout, path)), np.uint8)
+        packing.pack(layout, path, image)
+        images.append(image.tobytes())
+    return images
+
+
+def run(coroutine: Any) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+def test_every_worker_gets_its_image(adapter: Adapter) -> None:
+    paths = [adapter(seed=number, rank=2 + number) for number in range(3)]
+
+    async def main() -> None:
+        async with line() as (packing, arena):
+            found = await asyncio.gather(*(pack(packing, arena, path) for path in paths))
+            assert found == [here(path) for path in paths]
+            pid = packing.pid
+            assert pid is not None
+        assert not psutil.pid_exists(pid)
+
+    run(main())
+
+
+def test_what_it_refuses_and_that_it_goes_on(adapter: Adapter, tmp_path: Path) -> None:
+    unknown = adapter(seed=7, modules_to_save=["lm_head"])
+    damaged = adapter(seed=8)
+    (damaged / "adapter_model.safetensors").write_bytes(b"no")
+    good = adapter(seed=9)
+
+    async def main() -> None:
+        async with line() as (packing, arena):
+            with pytest.raises(CannotPackError, match="modules_to_save"):
+                await packing.examine(unknown)
+            with pytest.raises(InvalidAdapterError):
+                await packing.examine(damaged)
+            with pytest.raises(InvalidAdapterError, match="nothing"):
+                await packing.examine(tmp_path / "nothing")
+            assert await pack(packing, arena, good) == here(good)
+            assert packing.restarts == 0
+
+    run(main())
+
+
+def test_a_job_whose_packer_dies_is_done_by_the_next_one(adapter: Adapter) -> None:
+    path = adapter(seed=3)
+
+    async def main() -> None:
+        async with line() as (packing, arena):
+            await packing.examine(path)
+            assert packing.pid is not None
+            os.kill(packing.pid, signal.SIGSTOP)  # so that it cannot be faster
+            job = asyncio.create_task(pack(packing, arena, path))
+            await asyncio.sleep(0.05)
+            os.kill(packing.pid, signal.SIGKILL)
+            assert await job == here(path)
+            assert packing.restarts == 1
+
+    run(main())
+
+
+def test_a_job_that_kills_every_packer_is_given_up(adapter: Adapter) -> None:
+    path = adapter(seed=4)
+
+    async def main() -> None:
+        async with line() as (packing, _):
+            job = asyncio.create_task(packing.examine(path))
+            killed: set[int] = set()
+            while not job.done():
+                if packing.pid not in (None, *killed):
+                    killed.add(packing.pid)  # type: ignore[arg-type]
+                    os.kill(packing.pid, signal.SIGKILL)  # type: ignore[arg-type]
+                await asyncio.sleep(0.01)
+            with pytest.raises(EngineError, match="died 2 times"):
+                await job
+
+    run(main())
