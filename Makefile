@@ -17,7 +17,7 @@ demo: .venv/.ready
 	@$(BIN)/lora-cache demo $(ARGS)
 
 test: .venv/.ready-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 fast: .venv/.ready-dev
 	$(BIN)/python -m pytest -m "not vllm and not gpu and not hub" $(ARGS)

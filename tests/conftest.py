@@ -11,8 +11,18 @@ pytest_plugins = ["tests.real.engines", "tests.resident.engines", "tests.hub.fix
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")
 
 
+#: Engines that tests share.
+ENGINES = {"llm", "async_llm", "resident_llm", "resident_async_llm", "ours", "rig", "bench"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need the Hub server are marked, so that the fast ones can be run without."""
+    """Mark tests that need the Hub server, and deal all tests to two lanes (``make test``).
+
+    Those that share engines are one lane, so that each engine is started once.
+    """
     for item in items:
-        if "hub_server" in getattr(item, "fixturenames", ()):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "hub_server" in fixtures:
             item.add_marker(pytest.mark.hub)
+        lane = "engines" if fixtures & ENGINES else "others"
+        item.add_marker(pytest.mark.xdist_group(lane))
