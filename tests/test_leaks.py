@@ -64,7 +64,9 @@ def test_bad_names(name: str, entrance: str) -> None:
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
-@pytest.mark.parametrize("thing", [7, object(), b"acme/sql", ["acme/sql"]], ids=repr)
+@pytest.mark.parametrize(
+    "thing", [7, object(), b"acme/sql", ["acme/sql"]], ids=lambda thing: type(thing).__name__
+)
 def test_things_that_name_no_adapter(thing: Any, entrance: str) -> None:
     asyncio.run(refused(thing, entrance))
 
@@ -139,7 +141,9 @@ def test_bad_settings(settings: dict[str, Any]) -> None:
         AsyncLoraCache(FakeEngine(), **settings)
 
 
-@pytest.mark.parametrize("target", [None, 7, "meta-llama/Llama-3.1-8B", object()], ids=repr)
+@pytest.mark.parametrize(
+    "target", [None, 7, "meta-llama/Llama-3.1-8B", object()], ids=lambda thing: type(thing).__name__
+)
 def test_what_is_no_engine(target: Any) -> None:
     with pytest.raises(ConfigError):
         AsyncLoraCache(target)

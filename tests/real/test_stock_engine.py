@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def test_tokens_equal_plain_vllm_and_differ_between_adapters(
 
 
 @pytest.mark.parametrize(
-    "policy", [LRU, LFU, lambda: RandomPolicy(1), lambda: RandomPolicy(2)], ids=str
+    "policy",
+    [LRU, LFU, partial(RandomPolicy, 1), partial(RandomPolicy, 2)],
+    ids=("lru", "lfu", "r1", "r2"),
 )
 def test_random_traffic_never_disagrees(
     llm: Any, adapters: list[Path], policy: Callable[[], Policy]
