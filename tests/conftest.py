@@ -15,6 +15,7 @@ os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-
 ENGINES = {"llm", "async_llm", "resident_llm", "resident_async_llm", "ours", "rig", "bench"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the marks in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that need the Hub server, and deal all tests to two lanes (``make test``).
 
