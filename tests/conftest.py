@@ -11,19 +11,8 @@ pytest_plugins = ["tests.real.engines", "tests.resident.engines", "tests.hub.fix
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")
 
 
-#: Engines that tests share.
-ENGINES = {"llm", "async_llm", "resident_llm", "resident_async_llm", "ours", "rig", "bench"}
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the marks in this hook, too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that need the Hub server, and deal all tests to two lanes (``make test``).
-
-    Those that share engines are one lane, so that each engine is started once.
-    """
+    """Tests that need the Hub server are marked, so that the fast ones can be run without."""
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if "hub_server" in fixtures:
+        if "hub_server" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.hub)
-        lane = "engines" if fixtures & ENGINES else "others"
-        item.add_marker(pytest.mark.xdist_group(lane))
