@@ -20,7 +20,7 @@ import msgspec
 from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.engines import SWITCH
 from lora_cache.engines.base import Capabilities, TransitionFailedError
-from lora_cache.engines.managed import ManagedVllm
+from lora_cache.engines.managed import FOREIGN, ManagedVllm
 from lora_cache.engines.resident import wire
 from lora_cache.engines.resident.arena import Arena, ArenaFullError
 from lora_cache.engines.resident.layout import Contents, Layout
@@ -64,7 +64,6 @@ class ResidentEngine(ManagedVllm):
     Args:
         target: a `vllm.AsyncLLM` or a `vllm.LLM`, started with ``enable_lora=True`` and
             ``LORA_CACHE_RESIDENT=1`` in the environment.
-
         host_bytes: what the caller keeps in host memory at most, in bytes of adapter files; if
             None, up to half of the memory that is available now.
 
@@ -112,8 +111,8 @@ class ResidentEngine(ManagedVllm):
             if self._client.is_dead:
                 raise self._map(error, "vLLM did not answer") from error
             raise ConfigError(
-                f"this vLLM was started without {SWITCH}=1 in its environment, which the resident "
-                "engine needs: set it before the engine is made, or use the stock engine"
+                f"this vLLM does not let the resident engine in ({error}): start it with {SWITCH}=1 "
+                "in its environment, or use the stock engine"
             ) from error
         try:
             await self._workers.gather(_HELLO_S)
@@ -372,7 +371,7 @@ def _available_bytes() -> int:
 
 
 def _is_foreign(key: AdapterKey) -> bool:
-    return key.digest.startswith("foreign:")
+    return key.digest.startswith(FOREIGN)
 
 
 def _read_capabilities(config: Any) -> Capabilities:
