@@ -111,8 +111,8 @@ class ResidentEngine(ManagedVllm):
             if self._client.is_dead:
                 raise self._map(error, "vLLM did not answer") from error
             raise ConfigError(
-                f"this vLLM does not let the resident engine in ({error}): start it with {SWITCH}=1 "
-                "in its environment, or use the stock engine"
+                f"this vLLM does not let the resident engine in ({error}): start it with "
+                f"{SWITCH}=1 in its environment, or use the stock engine"
             ) from error
         try:
             await self._workers.gather(_HELLO_S)
