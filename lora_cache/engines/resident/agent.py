@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,8 @@ from lora_cache.engines.resident.wire import (
     Load,
     LoadNative,
     Message,
+    PageLock,
+    PageUnlock,
     Report,
     Unload,
     Welcome,
@@ -73,9 +76,13 @@ class Agent:
         self._device = device
         self._stop = threading.Event()
         self._lost = threading.Event()
+        #: Whether the manager said good-bye.
+        self.dismissed = False
         self.table = SlotTable(hello.max_loras, self._stop.is_set)
         self._native: dict[int, Any] = {}  # what vLLM's loader made, by id
-        self._outbox: deque[Displaced] = deque()
+        self._outbox: deque[Displaced | Done | Failed] = deque()
+        # Page-locking takes long, and loads are not to wait for it.
+        self._locking = ThreadPoolExecutor(1, "lora-cache-page-locks")
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()  # `select` takes no descriptor above 1023
         self._poll.register(self._wake, select.POLLIN)
@@ -104,7 +111,10 @@ class Agent:
 
     def tell(self, change: Displaced) -> None:
         """Report what happened to a slot; never waits for the manager."""
-        self._outbox.append(change)
+        self._send_later(change)
+
+    def _send_later(self, message: Displaced | Done | Failed) -> None:
+        self._outbox.append(message)
         os.eventfd_write(self._wake, 1)
 
     # --- the thread ----------------------------------------------------------------------
@@ -120,6 +130,7 @@ class Agent:
             while True:
                 message = self._next()
                 if isinstance(message, Bye):
+                    self.dismissed = True
                     break
                 self._handle(message, images)
         except (EOFError, OSError, StoppedError) as error:
@@ -129,6 +140,7 @@ class Agent:
             # vLLM must not go down with it; the step thread sees `lost` and takes the slots back.
             logger.exception("the agent of lora_cache failed; vLLM manages its slots itself again")
         finally:
+            self._locking.shutdown(cancel_futures=True)
             if images is not None:
                 images.close()
             self._channel.shut_down()
@@ -165,6 +177,8 @@ class Agent:
                 for lora_id in message.lora_ids:
                     self._native.pop(lora_id, None)
             self._answer(Done(message.op, time.perf_counter() - began))
+        elif isinstance(message, PageLock | PageUnlock):
+            self._locking.submit(self._page_lock, message, images)
         elif isinstance(message, Load | LoadNative):
             try:
                 self._load(message, images)
@@ -181,6 +195,20 @@ class Agent:
                 self._answer(Done(message.op, time.perf_counter() - began))
         else:
             raise WireError(f"a {type(message).__name__} is not for an agent")
+
+    def _page_lock(self, message: PageLock | PageUnlock, images: ImageWriter) -> None:
+        began = time.perf_counter()
+        try:
+            if isinstance(message, PageLock):
+                images.lock(message.offset, message.nbytes)
+            else:
+                for offset in message.offsets:
+                    images.unlock(offset)
+        except Exception as error:
+            logger.exception("page-locking an image failed")
+            self._send_later(Failed(message.op, f"{type(error).__name__}: {error}"))
+        else:
+            self._send_later(Done(message.op, time.perf_counter() - began))
 
     def _load(self, load: Load | LoadNative, images: ImageWriter) -> None:
         write: Callable[[], None]

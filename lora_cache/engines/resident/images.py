@@ -10,9 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from lora_cache.engines.resident.layout import Contents
-
-#: cudaHostRegister's flag for memory that every context may use.
-_PORTABLE = 1
+from lora_cache.engines.resident.page_locks import PageLocks
 
 
 class SlotWriter(Protocol):
@@ -24,6 +22,9 @@ class SlotWriter(Protocol):
         The whole slot is defined afterwards, whatever it held before.
         """
 
+    def clear(self, slot: int) -> None:
+        """Fill a slot with zeros, in the same way."""
+
 
 class Parts(NamedTuple):
     """What a worker needs to know of its own slots."""
@@ -33,13 +34,18 @@ class Parts(NamedTuple):
     image_bytes: int  #: of the largest image
     read_native: Callable[[int, str], Any]  #: has vLLM's loader read an adapter: its id and path
     write_native: Callable[[int, Any], None]  #: writes a slot from what that made
+    #: Room for an image beside the slots; none where slots are in host memory.
+    staging: torch.Tensor | None = None
 
 
 class ImageWriter:
-    """Maps the arena and writes images from it.  Made, used and closed by the agent thread.
+    """Maps the arena and writes images from it.
 
-    On a GPU the arena is page-locked, an image crosses the bus in one copy on a stream of its own,
-    and a scatter on the same stream brings it into the slot.
+    On a GPU an image is page-locked first, then crosses the bus on a stream of its own, and a
+    scatter on the same stream brings it into the slot.
+
+    `write` and `write_native` are the agent thread's; `lock` and `unlock` may be another's, one at
+    a time.  `close` comes after all of them.
 
     Args:
         path: the arena; only mapped, so it may be another process's.
@@ -48,7 +54,6 @@ class ImageWriter:
     Raises:
         OSError: it cannot be mapped.
         ValueError: it is smaller than `nbytes`.
-        RuntimeError: CUDA refuses to page-lock it.
     """
 
     def __init__(self, path: str, nbytes: int, parts: Parts, device: torch.device) -> None:
@@ -57,11 +62,32 @@ class ImageWriter:
         self._map = _map(path, nbytes)
         self._arena: torch.Tensor | None = torch.frombuffer(self._map, dtype=torch.uint8)
         self._stream: Any = None
+        self._locks: PageLocks | None = None
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            _check(torch.cuda.cudart().cudaHostRegister(self._arena.data_ptr(), nbytes, _PORTABLE))
             self._stream = torch.cuda.Stream(device)
-            self._staging = torch.empty(parts.image_bytes, dtype=torch.uint8, device=device)
+            self._locks = PageLocks(self._arena.data_ptr())
+            if parts.staging is None:
+                size = parts.image_bytes
+                self._parts = parts._replace(
+                    staging=torch.empty(size, dtype=torch.uint8, device=device)
+                )
+
+    def lock(self, offset: int, nbytes: int) -> None:
+        """Page-lock an image: it is complete, and stays where it is until `unlock`.
+
+        Raises:
+            ValueError: there is no such image.
+        """
+        self._check(offset, nbytes)
+        if self._locks is not None:
+            torch.cuda.set_device(self._device)  # a thread's first call to CUDA
+            self._locks.lock(offset, nbytes)
+
+    def unlock(self, offset: int) -> None:
+        """Undo `lock`: what lies there may be overwritten and given back."""
+        if self._locks is not None:
+            self._locks.unlock(offset)
 
     def write(self, slot: int, offset: int, nbytes: int, contents: Contents) -> None:
         """Write the image at `offset`; returns when the slot holds it.
@@ -69,6 +95,22 @@ class ImageWriter:
         Raises:
             ValueError: there is no such image.
         """
+        arena = self._check(offset, nbytes)
+        with torch.inference_mode():  # as the slots were made
+            staging, locks = self._parts.staging, self._locks
+            if staging is None or locks is None:
+                self._parts.writer.write(slot, arena[offset : offset + nbytes], contents)
+                return
+
+            def write() -> None:
+                for start, length in locks.pieces(offset, nbytes):
+                    staged = staging[start - offset : start - offset + length]
+                    staged.copy_(arena[start : start + length], non_blocking=True)
+                self._parts.writer.write(slot, staging[:nbytes], contents)
+
+            self._on_stream(write)
+
+    def _check(self, offset: int, nbytes: int) -> torch.Tensor:
         if self._arena is None:
             raise ValueError("the arena is closed")
         if offset < 0 or not 0 < nbytes <= min(
@@ -78,18 +120,7 @@ class ImageWriter:
                 f"{nbytes} bytes at {offset} of an arena of {self._arena.numel()}; "
                 f"an image has at most {self._parts.image_bytes}"
             )
-        with torch.inference_mode():  # as the slots were made
-            image = self._arena[offset : offset + nbytes]
-            if self._stream is None:
-                self._parts.writer.write(slot, image, contents)
-                return
-
-            def write() -> None:
-                staged = self._staging[: image.numel()]
-                staged.copy_(image, non_blocking=True)
-                self._parts.writer.write(slot, staged, contents)
-
-            self._on_stream(write)
+        return self._arena
 
     def write_native(self, slot: int, model: Any) -> None:
         """Write what vLLM's loader made; returns when the slot holds it."""
@@ -112,7 +143,8 @@ class ImageWriter:
             return
         if self._stream is not None:
             self._stream.synchronize()
-            _check(torch.cuda.cudart().cudaHostUnregister(self._arena.data_ptr()))
+        if self._locks is not None:
+            self._locks.close()
         self._arena = None  # a map with a view of it cannot be closed
         self._map.close()
 
@@ -126,8 +158,3 @@ def _map(path: str, nbytes: int) -> mmap.mmap:
         return mmap.mmap(descriptor, nbytes)
     finally:
         os.close(descriptor)
-
-
-def _check(status: Any) -> None:
-    if int(status) != 0:
-        raise RuntimeError(f"CUDA cannot page-lock the arena: error {int(status)}")
