@@ -28,9 +28,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.spike_scatter import files, one_part_shrink
+from benchmarks.gpu.rig import Row, write_files
+from benchmarks.gpu.spike_scatter import one_part_shrink
 
-Row = dict[str, Any]
 Question = tuple[int, int]  # adapter, prompt
 
 PROMPTS = 2
@@ -217,7 +217,7 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
     from lora_cache.engines.resident.plugin import register
 
     register()  # where the package is not installed, vLLM does not find the entry point
-    model, adapters = files(root, options.adapters, options.tiny)
+    model, adapters = write_files(root, options.adapters, tiny=options.tiny)
     import torch
     import vllm
 

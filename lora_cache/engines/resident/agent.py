@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lora_cache.engines.resident.images import ImageWriter, Parts
+from lora_cache.engines.resident.images import ImageWriter, Parts, Written
 from lora_cache.engines.resident.steps import StepClock
 from lora_cache.engines.resident.table import SlotTable, SlotTakenError, StoppedError
 from lora_cache.engines.resident.wire import (
@@ -181,7 +181,7 @@ class Agent:
             self._locking.submit(self._page_lock, message, images)
         elif isinstance(message, Load | LoadNative):
             try:
-                self._load(message, images)
+                waited, written = self._load(message, images)
             except (EOFError, OSError, StoppedError):
                 raise
             except SlotTakenError as error:
@@ -192,7 +192,7 @@ class Agent:
                 )
                 self._answer(Failed(message.op, f"{type(error).__name__}: {error}"))
             else:
-                self._answer(Done(message.op, time.perf_counter() - began))
+                self._answer(Done(message.op, time.perf_counter() - began, waited, *written))
         else:
             raise WireError(f"a {type(message).__name__} is not for an agent")
 
@@ -210,20 +210,21 @@ class Agent:
         else:
             self._send_later(Done(message.op, time.perf_counter() - began))
 
-    def _load(self, load: Load | LoadNative, images: ImageWriter) -> None:
-        write: Callable[[], None]
+    def _load(self, load: Load | LoadNative, images: ImageWriter) -> tuple[float, Written]:
+        write: Callable[[], Written]
         if isinstance(load, LoadNative):
             if load.lora_id not in self._native:
                 self._native[load.lora_id] = self._parts.read_native(load.lora_id, load.path)
             model = self._native[load.lora_id]
             if load.slot < 0:
-                return
+                return 0.0, Written()
             write = partial(images.write_native, load.slot, model)
         else:
             write = partial(images.write, load.slot, load.offset, load.nbytes, load.contents)
         if load.lora_id in self.table.ids():
             raise SlotTakenError(f"{load.lora_id} is published already")
         hold = None
+        began = time.perf_counter()
         for _ in range(_ATTEMPTS):
             hold = self.table.take(load.slot, load.displaces)
             try:
@@ -235,9 +236,11 @@ class Agent:
                 break
         else:
             raise SlotTakenError(f"running requests need {load.displaces} in slot {load.slot}")
+        waited = time.perf_counter() - began
         try:
-            write()
+            written = write()
         except BaseException:
             self.table.release(hold)
             raise
         self.table.publish(hold, load.lora_id)
+        return waited, written

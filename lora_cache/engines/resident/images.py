@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +37,13 @@ class Parts(NamedTuple):
     write_native: Callable[[int, Any], None]  #: writes a slot from what that made
     #: Room for an image beside the slots; none where slots are in host memory.
     staging: torch.Tensor | None = None
+
+
+class Written(NamedTuple):
+    """How long the parts of a write took on the device, in seconds."""
+
+    copied: float = 0.0  #: across the bus
+    scattered: float = 0.0  #: into the slot
 
 
 class ImageWriter:
@@ -89,26 +97,48 @@ class ImageWriter:
         if self._locks is not None:
             self._locks.unlock(offset)
 
-    def write(self, slot: int, offset: int, nbytes: int, contents: Contents) -> None:
+    def write(self, slot: int, offset: int, nbytes: int, contents: Contents) -> Written:
         """Write the image at `offset`; returns when the slot holds it.
 
         Raises:
             ValueError: there is no such image.
         """
         arena = self._check(offset, nbytes)
+        staging, locks, writer = self._parts.staging, self._locks, self._parts.writer
+        if staging is None or locks is None:
+            image = arena[offset : offset + nbytes]
+            return self._queue(lambda: None, lambda: writer.write(slot, image, contents))
+
+        def copy() -> None:
+            for start, length in locks.pieces(offset, nbytes):
+                staged = staging[start - offset : start - offset + length]
+                staged.copy_(arena[start : start + length], non_blocking=True)
+
+        return self._queue(copy, lambda: writer.write(slot, staging[:nbytes], contents))
+
+    def write_native(self, slot: int, model: Any) -> Written:
+        """Write what vLLM's loader made; returns when the slot holds it."""
+        return self._queue(lambda: None, lambda: self._parts.write_native(slot, model))
+
+    def _queue(self, copy: Callable[[], None], scatter: Callable[[], None]) -> Written:
         with torch.inference_mode():  # as the slots were made
-            staging, locks = self._parts.staging, self._locks
-            if staging is None or locks is None:
-                self._parts.writer.write(slot, arena[offset : offset + nbytes], contents)
-                return
-
-            def write() -> None:
-                for start, length in locks.pieces(offset, nbytes):
-                    staged = staging[start - offset : start - offset + length]
-                    staged.copy_(arena[start : start + length], non_blocking=True)
-                self._parts.writer.write(slot, staging[:nbytes], contents)
-
-            self._on_stream(write)
+            if self._stream is None:
+                began = time.perf_counter()
+                copy()
+                scatter()
+                return Written(scattered=time.perf_counter() - began)
+            # Blocking: it waits without a core, and without the interpreter lock.
+            start, copied, done = (
+                torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(3)
+            )
+            with torch.cuda.stream(self._stream):
+                start.record(self._stream)
+                copy()
+                copied.record(self._stream)
+                scatter()
+                done.record(self._stream)
+            done.synchronize()
+            return Written(start.elapsed_time(copied) / 1e3, copied.elapsed_time(done) / 1e3)
 
     def _check(self, offset: int, nbytes: int) -> torch.Tensor:
         if self._arena is None:
@@ -121,21 +151,6 @@ class ImageWriter:
                 f"an image has at most {self._parts.image_bytes}"
             )
         return self._arena
-
-    def write_native(self, slot: int, model: Any) -> None:
-        """Write what vLLM's loader made; returns when the slot holds it."""
-        with torch.inference_mode():
-            self._on_stream(lambda: self._parts.write_native(slot, model))
-
-    def _on_stream(self, queue: Callable[[], None]) -> None:
-        if self._stream is None:
-            queue()
-            return
-        with torch.cuda.stream(self._stream):
-            queue()
-            written = torch.cuda.Event(blocking=True)  # waits without a core and without the GIL
-            written.record(self._stream)
-        written.synchronize()
 
     def close(self) -> None:
         """Unmap.  Idempotent."""

@@ -117,10 +117,13 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """Agent → manager: the operation has happened."""
+    """Agent → manager: the operation has happened.  Times are in seconds."""
 
     op: int
-    seconds: float
+    seconds: float  #: from the command's arrival on
+    waited: float = 0.0  #: for the steps that still read the slot
+    copied: float = 0.0  #: the image across the bus
+    scattered: float = 0.0  #: it into the slot
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
