@@ -218,7 +218,7 @@ class Managed:
         if self.cache is None:
             settings = {"engine": self.kind, "publish": False, **self.settings}
             if self.kind == "resident":
-                settings |= {}  # image_dir
+                settings["image_dir"] = self.images
             self.cache = await AsyncLoraCache(self.engine, **settings).__aenter__()
 
     def stream(self, prompt: Any, params: Any, adapter: int) -> AsyncIterator[Any]:
