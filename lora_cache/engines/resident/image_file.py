@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 import xxhash
 
-from lora_cache.engines.resident.exact_io import read_exactly, write_exactly
 from lora_cache.engines.resident.hands import ALONE, Hands
 from lora_cache.engines.resident.layout import Contents
+from lora_cache.exact_io import read_exactly, write_exactly
 
 FORMAT = 1  #: raised whenever files of old mean something else
 
