@@ -239,13 +239,32 @@ class ResidentEngine(ManagedVllm):
             return self._images[key]
         lora_id = self._request_for(adapter).lora_int_id
         try:
-            self._images[key] = await self._pack(adapter, urgent)
+            image = await self._pack(adapter, urgent)
+            await self._page_lock(image)
+            self._images[key] = image
         except CannotPackError as error:
             logger.info("%s takes the slow path: %s", key, error)
             path = str(adapter.path)
             await self._workers.command(lambda op, _: wire.LoadNative(op, lora_id, -1, path))
             self._images[key] = _Image()
         return self._images[key]
+
+    async def _page_lock(self, image: _Image) -> None:
+        """Have every worker make an image ready; one that could not be is not an error."""
+        try:
+            await self._workers.command(
+                lambda op, worker: wire.PageLock(op, image.offsets[worker], image.nbytes[worker])
+            )
+        except BaseException:
+            await self._free(image.offsets)
+            raise
+
+    async def _free(self, offsets: list[int]) -> None:
+        """Give back what images took, once no worker's GPU can read it any more."""
+        if not offsets or self._line is None:
+            return
+        await self._workers.command(lambda op, _: wire.PageUnlock(op, offsets))
+        self._line.free(offsets)
 
     async def _pack(self, adapter: Adapter, urgent: bool) -> _Image:
         if self._line is None or self._arena is None:
@@ -295,13 +314,15 @@ class ResidentEngine(ManagedVllm):
 
     async def _forget(self, keys: Sequence[AdapterKey]) -> None:
         """Drop these from host memory."""
-        native = []
+        native: list[int] = []
+        offsets: list[int] = []
         for key in keys:
             image = self._images.pop(key, None)
             if image is not None and not image.offsets:
                 native.append(self._id_of(key))
-            elif image is not None and self._line is not None:
-                self._line.free(image.offsets)
+            elif image is not None:
+                offsets += image.offsets
+        await self._free(offsets)
         if native:
             await self._workers.command(lambda op, _: wire.Unload(op, native, forget=True))
 

@@ -16,7 +16,7 @@ from lora_cache.engines.resident.framing import WireError as WireError
 from lora_cache.engines.resident.layout import Contents
 
 #: Changed whenever a message changes its meaning; both sides refuse another one.
-PROTOCOL = 1
+PROTOCOL = 2
 
 #: Names of LoRARequests that are none: through vLLM's public ``add_lora`` they reach every worker.
 #: The path of the first is the manager's socket.
@@ -65,6 +65,25 @@ class Unload(msgspec.Struct, tag=True, frozen=True):
     forget: bool = False  #: what vLLM's loader made of them, too
 
 
+class PageLock(msgspec.Struct, tag=True, frozen=True):
+    """Manager → agent: an image is complete, make it ready for fast copying.
+
+    It stays where it is until `PageUnlock`.  Other operations go on meanwhile.  Answered by Done
+    or Failed.
+    """
+
+    op: int
+    offset: int
+    nbytes: int
+
+
+class PageUnlock(msgspec.Struct, tag=True, frozen=True):
+    """Manager → agent: these images are to go; once it is Done, their bytes are the manager's."""
+
+    op: int
+    offsets: list[int]
+
+
 class Report(msgspec.Struct, tag=True, frozen=True):
     """Manager → agent: what is where?  Answered by `Holding`."""
 
@@ -89,10 +108,13 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """Agent → manager: the operation has happened."""
+    """Agent → manager: the operation has happened.  Times are in seconds."""
 
     op: int
-    seconds: float
+    seconds: float  #: from the command's arrival on
+    waited: float = 0.0  #: for the steps that still read the slot
+    copied: float = 0.0  #: the image across the bus
+    scattered: float = 0.0  #: it into the slot
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -125,7 +147,7 @@ class Displaced(msgspec.Struct, tag=True, frozen=True):
     seconds: float  #: that the step loop stood still for it
 
 
-ToAgent = Welcome | Load | LoadNative | Unload | Report | Bye
+ToAgent = Welcome | Load | LoadNative | Unload | PageLock | PageUnlock | Report | Bye
 ToManager = Hello | Done | Failed | Holding | Displaced
 Message = ToAgent | ToManager
 
