@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.errors import AdapterChangedError, AdapterNotFoundError, InvalidAdapterError
 from lora_cache.manifest import FILES, Stamp, read_manifest, read_stamp
+from lora_cache.sources.content import content_digest
 
 # A file that was written a moment ago can be written again without its times changing (their
 # granularity is a timer tick), so its digest is not remembered yet.  Git calls this "racy".
@@ -49,8 +50,11 @@ class LocalSource:
         digest = hashlib.sha256()
         try:
             for name in FILES:
-                with open(directory / name, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+                digest.update(content_digest(directory / name))
+        except EOFError as error:
+            raise AdapterChangedError(
+                f"{directory} was written to while it was read: try again"
+            ) from error
         except OSError as error:
             raise InvalidAdapterError(f"{directory} cannot be read: {error.strerror}") from error
         return digest.hexdigest()

@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 import xxhash
 
-from lora_cache.engines.resident.exact_io import read_exactly, write_exactly
 from lora_cache.engines.resident.hands import ALONE, Hands
 from lora_cache.engines.resident.layout import Contents
+from lora_cache.exact_io import read_exactly, write_exactly
 
 FORMAT = 1  #: raised whenever files of old mean something else
 
@@ -33,6 +33,7 @@ CHUNK_BYTES = 1 << 20
 _TAIL = struct.Struct("<Q8s8s")
 _MAGIC = b"lora-img"
 _MAX_FOOTER_BYTES = 64 << 20
+_OTHER_BYTES = 1024  # names of fields, digests, the tail
 
 
 class DamagedImageError(Exception):
@@ -127,6 +128,12 @@ class ImageFile:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def file_bytes(image: memoryview, contents: Contents) -> int:
+    """How large its file will be, at most."""
+    chunks = -(-len(image) // CHUNK_BYTES)
+    return len(image) + 8 * chunks + len(contents.present) + _OTHER_BYTES
 
 
 def write_image(fd: int, image: memoryview, layout: str, key: str, contents: Contents) -> None:

@@ -21,6 +21,7 @@ from lora_cache.engines.resident.image_file import (
     FORMAT,
     DamagedImageError,
     ImageFile,
+    file_bytes,
     write_image,
 )
 from lora_cache.engines.resident.layout import Contents
@@ -104,7 +105,8 @@ class ImageStore:
         Returns:
             whether it is kept now.
         """
-        if time.monotonic() < self._writes_after or len(image) > self.max_bytes:
+        nbytes = file_bytes(image, contents)
+        if time.monotonic() < self._writes_after or nbytes > self.max_bytes:
             return False
         path = self._path(layout, key)
         if path.exists():  # another process was faster
@@ -113,7 +115,7 @@ class ImageStore:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._is_private():
                 return False
-            self._make_room(len(image))
+            self._make_room(nbytes)
             return self._write(path, layout, key, contents, image)
         except OSError as error:
             self._writes_after = time.monotonic() + _PAUSE_S

@@ -102,7 +102,28 @@ class Packing:
         image = view[: self.nbytes]
         placed = list(self._layout.place(self.contents))
         self._clear_gaps(image, placed)
-        hands.do(lambda share: self._pack(image, share), list(_shares(placed)))
+        placed.sort(key=self._start)  # neighbours in the file are read in one go
+        hands.do(lambda share: self._pack(image, share), list(self._shares(placed)))
+
+    def _tensor(self, placed: Placed) -> Tensor:
+        piece = self._layout.pieces[placed.number]
+        return self._modules[piece.source].matrices[piece.matrix]
+
+    def _start(self, placed: Placed) -> int:
+        return self._tensor(placed).start
+
+    def _shares(self, placed: list[Placed]) -> Iterator[list[Placed]]:
+        """What one thread should pack at a time."""
+        share: list[Placed] = []
+        nbytes = 0
+        for where in placed:
+            share.append(where)
+            nbytes += self._size(where)
+            if nbytes >= _SHARE_BYTES:
+                yield share
+                share, nbytes = [], 0
+        if share:
+            yield share
 
     def _clear_gaps(self, image: memoryview, placed: list[Placed]) -> None:
         end = 0
@@ -113,6 +134,8 @@ class Packing:
         image[end:] = bytes(len(image) - end)
 
     def _pack(self, image: memoryview, share: Sequence[Placed]) -> None:
+        reads: list[tuple[int, memoryview]] = []
+        scaled: list[tuple[torch.Tensor, float]] = []
         for placed in share:
             piece = self._layout.pieces[placed.number]
             module = self._modules[piece.source]
@@ -122,16 +145,19 @@ class Packing:
             if tensor.dtype == self._layout.dtype:
                 runs = _runs(piece, tensor, module.rank, placed.shape)
             if runs is None:
-                _fill(target, piece, self._tensor(tensor), module.rank)
+                target = _fill(target, piece, self._mapped(tensor), module.rank)
             else:
                 at = placed.offset
                 for start, stop in runs:
-                    self._weights.read(start, image[at : at + stop - start])
+                    reads.append((start, image[at : at + stop - start]))
                     at += stop - start
             if piece.matrix == "B" and module.scaling != 1:
-                # After the cast, in the slot's dtype: as vLLM does it.  Zeros stay positive.
-                oriented = target if piece.rank_first else target.T
-                oriented[: piece.ranks(module.rank)].mul_(module.scaling)
+                scaled.append((target, module.scaling))
+        self._weights.read(reads)
+        for target, scaling in scaled:
+            # After the cast, in the slot's dtype, as vLLM does it (and not by `_foreach_mul_`,
+            # which rounds the scaling itself first).
+            target.mul_(scaling)
 
     def _size(self, placed: Placed) -> int:
         return placed.shape[0] * placed.shape[1] * self._layout.item_bytes
@@ -143,7 +169,7 @@ class Packing:
             placed.shape
         )
 
-    def _tensor(self, tensor: Tensor) -> torch.Tensor:
+    def _mapped(self, tensor: Tensor) -> torch.Tensor:
         dtype = getattr(torch, tensor.dtype)
         count = tensor.nbytes // dtype.itemsize
         mapped = self._weights.mapped()
@@ -175,18 +201,6 @@ def pack(layout: Layout, directory: Path, out: Any) -> Contents:
         return packing.contents
 
 
-def _shares(placed: list[Placed]) -> Iterator[list[Placed]]:
-    """Neighbours that have about as many bytes together as one thread should pack at a time."""
-    share: list[Placed] = []
-    for where in placed:
-        if share and where.offset - share[0].offset >= _SHARE_BYTES:
-            yield share
-            share = []
-        share.append(where)
-    if share:
-        yield share
-
-
 def _runs(
     piece: Piece, tensor: Tensor, rank: int, shape: tuple[int, int]
 ) -> list[tuple[int, int]] | None:
@@ -208,8 +222,12 @@ def _runs(
     return [(tensor.start + start * row, tensor.start + stop * row) for start, stop in spans]
 
 
-def _fill(target: torch.Tensor, piece: Piece, weights: torch.Tensor, rank: int) -> None:
-    """Cast, transpose and cut; the image's rank is that of the adapter's largest module."""
+def _fill(target: torch.Tensor, piece: Piece, weights: torch.Tensor, rank: int) -> torch.Tensor:
+    """Cast, transpose and cut; the image's rank is that of the adapter's largest module.
+
+    Returns:
+        `target` without the padding, whose zeros stay positive when the rest is scaled.
+    """
     across = weights if piece.matrix == "A" else weights.T  # (rank, width)
     ranks = piece.ranks(rank)
     across = across[piece.rank_start : piece.rank_start + ranks]
@@ -219,6 +237,7 @@ def _fill(target: torch.Tensor, piece: Piece, weights: torch.Tensor, rank: int) 
         oriented[:ranks, column : column + stop - start].copy_(across[:, start:stop])
         column += stop - start
     oriented[ranks:].zero_()
+    return oriented[:ranks]
 
 
 def _contents(layout: Layout, modules: dict[int, _Module]) -> Contents:

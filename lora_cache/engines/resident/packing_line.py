@@ -67,6 +67,11 @@ class PackingLine:
         """The packer's process, if it runs."""
         return self._process.pid if self._process else None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether the packer may still read or write somewhere in the arena."""
+        return bool(self._in_use)
+
     async def start(self) -> None:
         """Start the packer, if it does not run: the first job need not wait for it then."""
         async with self._starting:

@@ -11,15 +11,17 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cache.engines.resident.exact_io import read_exactly
 from lora_cache.errors import CannotPackError, InvalidAdapterError
+from lora_cache.exact_io import read_exactly
 
 _HEAD_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # as the library has it
+_MAX_BUFFERS = 512  # that one call fills; Linux has 1024
 
 #: torch's names, and bytes an element.
 _DTYPES = {
@@ -88,14 +90,20 @@ class WeightsFile:
             raise ValueError(f"it has {size} bytes, and its header speaks of {end}")
         return found
 
-    def read(self, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from `start` on.
+    def read(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each buffer with the bytes from its place in the file on.
+
+        Neighbours in the file that follow each other are read in one go.
 
         Raises:
             InvalidAdapterError: the file has been cut since, or the disk fails.
         """
         try:
-            read_exactly(self._fd, out, start)
+            for start, buffers in _in_one_go(pieces):
+                if os.preadv(self._fd, buffers, start) != sum(map(len, buffers)):
+                    for buffer in buffers:  # the system may do less than asked
+                        read_exactly(self._fd, buffer, start)
+                        start += len(buffer)
         except EOFError as error:
             raise InvalidAdapterError(f"{self.path} was cut while it was read") from error
         except OSError as error:
@@ -122,3 +130,18 @@ def _tensor(name: str, said: Any, header_bytes: int) -> Tensor:
     if begin < 0 or end - begin != nbytes or min(shape, default=0) < 0:
         raise ValueError(f"the header contradicts itself about {name}")
     return Tensor(dtype, shape, _HEAD_BYTES + header_bytes + begin, nbytes)
+
+
+def _in_one_go(
+    pieces: Sequence[tuple[int, memoryview]],
+) -> Iterator[tuple[int, list[memoryview]]]:
+    first, end, buffers = 0, -1, list[memoryview]()
+    for start, buffer in pieces:
+        if start != end or len(buffers) == _MAX_BUFFERS:
+            if buffers:
+                yield first, buffers
+            first, buffers = start, []
+        buffers.append(buffer)
+        end = start + len(buffer)
+    if buffers:
+        yield first, buffers

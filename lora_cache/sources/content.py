@@ -1,0 +1,49 @@
+"""A digest of a file's content; of a large one by several threads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from lora_cache.exact_io import read_exactly
+
+_PIECE_BYTES = 1 << 20
+_LARGE_BYTES = 16 << 20  # smaller ones are digested before the threads have started
+_MOST_THREADS = 4
+
+
+def content_digest(path: str | os.PathLike[str]) -> bytes:
+    """SHA-256 of a file, or of the SHA-256s of a large one's pieces: equal for equal content.
+
+    One thread digests about 1.2 GB/s, which would be most of what a new adapter's loading takes.
+
+    Raises:
+        OSError: it cannot be read.
+        EOFError: it was cut while it was read.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < _LARGE_BYTES:
+            return hashlib.file_digest(file, "sha256").digest()
+        return _by_pieces(file.fileno(), size)
+
+
+def _by_pieces(descriptor: int, size: int) -> bytes:
+    count = -(-size // _PIECE_BYTES)
+    threads = min(_MOST_THREADS, max(1, len(os.sched_getaffinity(0)) // 4))
+    digests = [b""] * count
+
+    def work(first: int) -> None:
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        for number in range(first, count, threads):
+            start = number * _PIECE_BYTES
+            piece = buffer[: min(_PIECE_BYTES, size - start)]
+            read_exactly(descriptor, piece, start)
+            digests[number] = hashlib.sha256(piece).digest()
+
+    with ThreadPoolExecutor(threads, "lora-cache-digest") as pool:
+        for call in [pool.submit(work, first) for first in range(threads)]:
+            call.result()
+    # The size comes first, so that no small file's digest is that of a large one.
+    return hashlib.sha256(b"%d pieces of %d: " % (size, _PIECE_BYTES) + b"".join(digests)).digest()
