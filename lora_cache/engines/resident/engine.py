@@ -18,10 +18,10 @@ from typing import Any
 import msgspec
 
 from lora_cache.adapter import Adapter, AdapterKey
-from lora_cache.engines import SWITCH
+from lora_cache.engines import FORCE, SWITCH
 from lora_cache.engines.base import Capabilities, TransitionFailedError
 from lora_cache.engines.managed import FOREIGN, ManagedVllm
-from lora_cache.engines.resident import wire
+from lora_cache.engines.resident import compat, wire
 from lora_cache.engines.resident.arena import Arena, ArenaFullError
 from lora_cache.engines.resident.layout import Contents, Layout
 from lora_cache.engines.resident.packing_line import PackingLine
@@ -110,9 +110,12 @@ class ResidentEngine(ManagedVllm):
         except Exception as error:  # stock vLLM looks for an adapter there
             if self._client.is_dead:
                 raise self._map(error, "vLLM did not answer") from error
+            never_run = compat.never_run()
+            value = FORCE if never_run else "1"
+            why = f"{error}; {never_run}" if never_run else error
             raise ConfigError(
-                f"this vLLM does not let the resident engine in ({error}): start it with "
-                f"{SWITCH}=1 in its environment, or use the stock engine"
+                f"this vLLM does not let the resident engine in ({why}): start it with "
+                f"{SWITCH}={value} in its environment, or use the stock engine"
             ) from error
         try:
             await self._workers.gather(_HELLO_S)
