@@ -68,8 +68,8 @@ class ResidentEngine(ManagedVllm):
             None, up to half of the memory that is available now.
 
     Attributes:
-        displaced: how often a worker had to bring in an adapter by itself, because a request ran
-            that no lease had announced.
+        displaced: how often a slot changed without our word: a request ran that no lease had
+            announced, somebody else called vLLM, or vLLM dropped its adapters.
 
     Raises:
         ConfigError: LoRA is off, or the topology is one that cannot be managed.
@@ -343,13 +343,14 @@ class ResidentEngine(ManagedVllm):
         if rank:  # every worker of a tensor-parallel group says so
             return
         self.displaced += 1
-        logger.warning(
-            "a request that no lease had announced held up a step for %.3f s: slot %d",
-            event.seconds, event.slot,
-        )  # fmt: skip
         if event.new_id:
+            logger.warning(
+                "what no lease had announced came into slot %d, and held up vLLM for %.3f s",
+                event.slot, event.seconds,
+            )  # fmt: skip
             self._slots[event.slot] = self._key_of(event.new_id)
         else:
+            logger.warning("vLLM dropped what was in slot %d", event.slot)
             self._slots.pop(event.slot, None)
         self._drifted()
 
