@@ -141,11 +141,18 @@ def test_a_request_without_a_lease_is_right_counted_and_repaired(
     run(main())
 
 
-def test_a_vllm_without_the_switch_is_refused_clearly(llm: Any) -> None:
+def test_a_vllm_without_the_switch_is_refused_clearly(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
         with pytest.raises(ConfigError, match="LORA_CACHE_RESIDENT=1"):
             await ResidentEngine(llm).attach()
         with pytest.raises(ConfigError, match="LORA_CACHE_RESIDENT=1"):  # and not: has a manager
+            await ResidentEngine(llm).attach()
+        monkeypatch.setattr("vllm.version.__version__", "0.33.0")
+        with pytest.raises(
+            ConfigError, match=r"run with 0\.26 and 0\.32.*LORA_CACHE_RESIDENT=force"
+        ):
             await ResidentEngine(llm).attach()
 
     run(main())

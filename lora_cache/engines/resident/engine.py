@@ -19,10 +19,10 @@ from typing import Any
 import msgspec
 
 from lora_cache.adapter import Adapter, AdapterKey
-from lora_cache.engines import SWITCH
+from lora_cache.engines import FORCE, SWITCH
 from lora_cache.engines.base import Capabilities, TransitionFailedError
 from lora_cache.engines.managed import FOREIGN, ManagedVllm
-from lora_cache.engines.resident import wire
+from lora_cache.engines.resident import compat, wire
 from lora_cache.engines.resident.arena import Arena, ArenaFullError
 from lora_cache.engines.resident.host_images import HostImages, Image, LoadTimes
 from lora_cache.engines.resident.layout import Layout
@@ -61,8 +61,8 @@ class ResidentEngine(ManagedVllm):
         image_bytes: what they may take there together; 0: none are kept.
 
     Attributes:
-        displaced: how often a worker had to bring in an adapter by itself, because a request ran
-            that no lease had announced.
+        displaced: how often a slot changed without our word: a request ran that no lease had
+            announced, somebody else called vLLM, or vLLM dropped its adapters.
         load_times: where the time of the last loads went, the latest last.
 
     Raises:
@@ -113,9 +113,12 @@ class ResidentEngine(ManagedVllm):
         except Exception as error:  # stock vLLM looks for an adapter there
             if self._client.is_dead:
                 raise self._map(error, "vLLM did not answer") from error
+            never_run = compat.never_run()
+            value = FORCE if never_run else "1"
+            why = f"{error}; {never_run}" if never_run else error
             raise ConfigError(
-                f"this vLLM does not let the resident engine in ({error}): start it with "
-                f"{SWITCH}=1 in its environment, or use the stock engine"
+                f"this vLLM does not let the resident engine in ({why}): start it with "
+                f"{SWITCH}={value} in its environment, or use the stock engine"
             ) from error
         try:
             await self._workers.gather(_HELLO_S)
@@ -323,13 +326,14 @@ class ResidentEngine(ManagedVllm):
         if rank:  # every worker of a tensor-parallel group says so
             return
         self.displaced += 1
-        logger.warning(
-            "a request that no lease had announced held up a step for %.3f s: slot %d",
-            event.seconds, event.slot,
-        )  # fmt: skip
         if event.new_id:
+            logger.warning(
+                "what no lease had announced came into slot %d, and held up vLLM for %.3f s",
+                event.slot, event.seconds,
+            )  # fmt: skip
             self._slots[event.slot] = self._key_of(event.new_id)
         else:
+            logger.warning("vLLM dropped what was in slot %d", event.slot)
             self._slots.pop(event.slot, None)
         self._drifted()
 
