@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -43,6 +44,17 @@ def make_progress(*columns: Any) -> Any:
 
     console = Console(stderr=True, markup=False, highlight=False, emoji=False)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr, for people, that goes when the work is done; told how much has been done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with make_progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task(title[-40:], total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_failures(console: Console, failures: Iterable[tuple[str, str]]) -> None:
