@@ -21,6 +21,7 @@ PACKAGES = [
     "lora_cache",
     "lora_cache.engines",
     "lora_cache.memory",
+    "lora_cache.plan",
     "lora_cache.policies",
     "lora_cache.sources",
     "lora_cache.store",

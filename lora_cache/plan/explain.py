@@ -23,7 +23,7 @@ def _slot(plan: Plan) -> Iterator[str]:
     slots, cost = plan.wishes.slots, plan.budget.slots
     sharded = ", fully sharded" if slots.fully_sharded else ""
     yield (
-        f"a slot on each of {slots.tp} GPUs: rank {slots.max_lora_rank}, numbers of "
+        f"a slot{_each(slots.tp)}: rank {slots.max_lora_rank}, numbers of "
         f"{cost.item_bytes} bytes ({slots.dtype(plan.model)}){sharded}"
     )
     for layer, nbytes in cost.parts:
@@ -43,7 +43,7 @@ def _weights(plan: Plan) -> Iterator[str]:
     model, tp = plan.model, plan.wishes.slots.tp
     item, quantized = ITEM_BYTES[model.dtype], model.quantization
     about = "about " if model.is_estimate else ""
-    yield f"weights on each GPU = {about}{plan.budget.weight_bytes:,} bytes"
+    yield f"weights{_each(tp)} = {about}{plan.budget.weight_bytes:,} bytes"
     for layer in model.layers:
         if weights := layer.weights(tp):
             size = f"{quantized.bits / 8:g}" if layer.quantizes else str(item)
@@ -106,11 +106,17 @@ def _traffic(plan: Plan) -> Iterator[str]:
 
 def _tiers(plan: Plan) -> Iterator[str]:
     adapters, tp = plan.adapters, plan.wishes.slots.tp
+    copies = f" × {tp} GPUs" if tp > 1 else ""
+    place = "" if plan.wishes.engine.resident else "; one place more, to load into"
     yield (
-        f"host memory: {plan.host_entries:,} adapters × {adapters.host_bytes:,} bytes on average × "
-        f"{tp} GPUs" + ("" if plan.wishes.engine.resident else "; one place more, to load into")
+        f"host memory: {plan.host_entries:,} adapters × {adapters.host_bytes:,} bytes on average"
+        f"{copies}{place}"
     )
     yield f"disk: {adapters.disk_bytes:,} bytes an adapter, with a fifth to spare"
+
+
+def _each(tp: int) -> str:
+    return f" on each of {tp} GPUs" if tp > 1 else ""
 
 
 def _shapes(shapes: tuple[tuple[int, int], ...]) -> str:

@@ -78,7 +78,8 @@ def slot_cost(
     two int32 a token more, in ``LoRAKernelMeta``, and 24 bytes a slot, which are left out here).
 
     Args:
-        batched_tokens, seqs: vLLM's ``max_num_batched_tokens`` and ``max_num_seqs``.
+        batched_tokens: vLLM's ``max_num_batched_tokens``.
+        seqs: vLLM's ``max_num_seqs``.
 
     Raises:
         ConfigError: vLLM would refuse these settings for this model.

@@ -110,8 +110,7 @@ def _modules(plan: Plan) -> Iterator[str]:
         yield (
             f"{share:.0%} of each slot ({_gib(unused)}) is for embed_tokens and lm_head, which "
             f"{'no adapter here has' if targets else 'few adapters have'}: leave them out with "
-            "--lora-target-modules (vLLM then ignores those parts of later adapters, and says so "
-            "only in its log)"
+            "--lora-target-modules (vLLM then ignores such parts of later adapters, silently)"
         )
     if targets is not None:
         served = served_names(plan.model, plan.wishes.slots.target_modules)
