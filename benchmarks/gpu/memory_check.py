@@ -6,7 +6,7 @@ Three questions:
 
 * figures: what NVML says beside what CUDA says (total, reserved), and how both move when this
   process allocates a GiB on the GPU; is this process in the list of those that use it?
-* page-locked memory: does the kernel count it (VmPin, VmLck, VmRSS, RssShmem) when PyTorch allocates
+* page-locked memory: does the kernel count it (VmPin, VmLck, VmRSS, RssShmem) when PyTorch makes
   it (`cudaHostAlloc`), and when shared memory is registered (`cudaHostRegister`)?
 * cost: the sampler's thread for `--seconds`, once a second, with the real driver; it must take less
   than a thousandth of a core.  And the CPU time of each call on its own.
