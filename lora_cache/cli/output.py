@@ -64,9 +64,9 @@ def print_failures(console: Console, failures: Iterable[tuple[str, str]]) -> Non
         console.print(line.append(one_line(error), style="not bold"))
 
 
-def plural(number: int, noun: str) -> str:
+def plural(number: int, noun: str, nouns: str | None = None) -> str:
     """``2, "adapter"`` → ``2 adapters``."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def print_json(value: Any) -> None:

@@ -94,15 +94,31 @@ def read_model(given: str | Path, *, like: str | None = None, dtype: str = "auto
         ConfigError: there is none, it is malformed, or the architecture is not known.
     """
     path = _find(given)
-    config = _read(path)
-    architecture = _architecture(config, path)
+    return describe_model(_read(path), str(given), str(path), like=like, dtype=dtype)
+
+
+def describe_model(
+    config: dict[str, Any],
+    name: str,
+    source: str,
+    *,
+    like: str | None = None,
+    dtype: str = "auto",
+) -> Model:
+    """Make a model of a configuration that has been read; as `read_model`.
+
+    Args:
+        name: of the model.
+        source: names the configuration, for messages.
+    """
+    architecture = _architecture(config, source)
     known = KNOWN.get(like or architecture)
     if known is None:
-        raise ConfigError(_unknown(like or architecture, path))
-    fields = Fields(config, str(path))
-    found = _dtype(config, dtype, path)
+        raise ConfigError(_unknown(like or architecture, source))
+    fields = Fields(config, source)
+    found = _dtype(config, dtype, source)
     return Model(
-        name=str(given),
+        name=name,
         architecture=architecture,
         like=like if like != architecture else None,
         shape=known(fields),
@@ -151,14 +167,14 @@ def _read(path: Path) -> dict[str, Any]:
     return config
 
 
-def _architecture(config: dict[str, Any], path: Path) -> str:
+def _architecture(config: dict[str, Any], path: str) -> str:
     found = config.get("architectures")
     if not isinstance(found, list) or not found or not isinstance(found[0], str):
         raise ConfigError(f"{path} names no architectures: is it a model's config.json?")
     return found[0]
 
 
-def _unknown(architecture: str, path: Path) -> str:
+def _unknown(architecture: str, path: str) -> str:
     if architecture.startswith("-") or not architecture.isidentifier():
         architecture = repr(architecture)
     return (
@@ -169,7 +185,7 @@ def _unknown(architecture: str, path: Path) -> str:
     )
 
 
-def _dtype(config: dict[str, Any], dtype: str, path: Path) -> str:
+def _dtype(config: dict[str, Any], dtype: str, path: str) -> str:
     given = dtype
     if dtype == "auto":
         given = str(config.get("dtype") or config.get("torch_dtype") or "float32")
