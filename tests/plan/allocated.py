@@ -77,6 +77,7 @@ def _build(directory: Path, tp: int = 1, **settings: Any) -> Allocated:
     with (
         set_current_vllm_config(config),
         _one_of(tp),
+        _own_rotations(),
         torch.device("meta"),
         set_default_torch_dtype(config.model_config.dtype),
     ):
@@ -112,6 +113,21 @@ def _one_of(tp: int) -> Iterator[None]:
         yield
     finally:
         state._TP = real
+
+
+@contextmanager
+def _own_rotations() -> Iterator[None]:
+    """vLLM shares rotary embeddings between models: those that are made here have no numbers."""
+    from vllm.model_executor.layers import rotary_embedding
+
+    shared = rotary_embedding._ROPE_DICT
+    others = dict(shared)
+    shared.clear()
+    try:
+        yield
+    finally:
+        shared.clear()
+        shared.update(others)
 
 
 def _make_kernels(model: Any) -> None:
