@@ -81,7 +81,10 @@ class AsyncLoraCache:
         **settings: Unpack[CacheSettings],
     ) -> None:
         self.config = CacheConfig.of(settings)
-        self._engine = make_engine(target, self.config.engine, self.config.host_bytes)
+        config = self.config
+        self._engine = make_engine(
+            target, config.engine, config.host_bytes, config.image_dir, config.image_bytes
+        )
         self._limits = limits_of(self.config, self._engine.capabilities)
         self._planner = Planner(
             self._limits,

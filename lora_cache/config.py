@@ -25,6 +25,8 @@ class CacheSettings(TypedDict, total=False):
     disk_bytes: int | str | None
     disk_policy: PolicyLike
     fetch_workers: int
+    image_dir: str | os.PathLike[str] | None
+    image_bytes: int | str
     lease_timeout_s: float | None
     drain_after_s: float
     retry_s: float
@@ -50,6 +52,9 @@ class CacheConfig(BaseModel):
         disk_bytes: budget for them, in bytes or like ``"200GiB"``; unlimited, if not given.
         disk_policy: who leaves the disk when that is reached.
         fetch_workers: adapters that are fetched at a time.
+        image_dir: where the resident engine keeps what it has packed, so that it need not be packed
+            again; ``~/.cache/lora-cache/images`` if not given.  Several processes may share it.
+        image_bytes: budget for that, in bytes or like ``"50GiB"``; 0 keeps nothing.
         max_loras, max_cpu_loras: what you believe the engine was started with; an error if it
             was not.  The engine's own numbers are what counts.
         lease_timeout_s: how long a lease waits for a slot, if the caller does not say.
@@ -70,6 +75,8 @@ class CacheConfig(BaseModel):
     disk_bytes: ByteSize | None = Field(default=None, gt=0)
     disk_policy: Any = "lru"
     fetch_workers: int = Field(default=4, ge=1, le=64)
+    image_dir: Path | None = None
+    image_bytes: ByteSize = Field(default=ByteSize(50 << 30), ge=0)
     max_loras: int | None = Field(default=None, ge=1)
     max_cpu_loras: int | None = Field(default=None, ge=1)
     lease_timeout_s: float | None = Field(default=None, gt=0)

@@ -14,6 +14,8 @@ pytest_plugins = [
 
 # Caches that tests open are no business of `lora-cache status`.
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")
+# Nor is what they keep any business of the user's home.
+os.environ["LORA_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora-cache-tests-")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,8 +6,9 @@
 One engine, first as vLLM manages it: for every adapter the answers to two prompts, and for some the
 content of the slot.  A second pass in other batches says how far stock vLLM is from itself.  Then a
 cache attaches, and requests arrive at random, by popularity, for `--seconds`: more adapters than
-slots, so they come and go all the time while others decode.  Every answer is compared with vLLM's.
-At the end some adapters are leased, and their slots compared number for number.
+slots, and than fit in host memory, so they come and go all the time while others decode.  Every
+answer is compared with vLLM's, its tokens and the log probabilities of the five likeliest.  At the
+end some adapters are leased, and their slots compared number for number.
 
 An answer that differs somewhere is *wrong* if another adapter's answers are nearer to it than those
 of its own, by the number of first tokens they share.
@@ -25,14 +26,15 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.gpu.spike_scatter import files, one_part_shrink
+from benchmarks.gpu.rig import Row, write_files
+from benchmarks.gpu.spike_scatter import one_part_shrink
 
-Row = dict[str, Any]
-Answers = dict[tuple[int, int], list[int]]  # (adapter, prompt) → tokens
+Question = tuple[int, int]  # adapter, prompt
 
 PROMPTS = 2
+LOGPROBS = 5
 CHECKED_SLOTS = 12
 FIRST_ID = 1 << 29  # below those of the cache
 
@@ -40,6 +42,21 @@ FIRST_ID = 1 << 29  # below those of the cache
 def prompt(number: int, tiny: bool) -> Any:
     vocabulary = 400 if tiny else 100_000
     return {"prompt_token_ids": [(number * 7919 + i * 104729) % vocabulary for i in range(64)]}
+
+
+class Answer(NamedTuple):
+    """The tokens, and of each step the likeliest ones with their log probabilities."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+    @classmethod
+    def of(cls, output: Any) -> Answer:
+        found = [{t: p.logprob for t, p in step.items()} for step in output.logprobs]
+        return cls(list(output.token_ids), found)
+
+
+Answers = dict[Question, Answer]
 
 
 class Rig:
@@ -55,7 +72,11 @@ class Rig:
         self.async_scheduling = core.vllm_config.scheduler_config.async_scheduling
         self.manager = self.runner.lora_manager._adapter_manager
         self.params = SamplingParams(
-            temperature=0, max_tokens=options.tokens, ignore_eos=True, detokenize=False
+            temperature=0,
+            max_tokens=options.tokens,
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=LOGPROBS,
         )
         self.requests = [
             LoRARequest(lora_name=f"native-{i}", lora_int_id=FIRST_ID + i, lora_path=str(path))
@@ -83,7 +104,7 @@ class Rig:
         self.llm.llm_engine.remove_lora(request.lora_int_id)
         return held
 
-    def native_answers(self, order: Iterable[tuple[int, int]]) -> Answers:
+    def native_answers(self, order: Iterable[Question]) -> Answers:
         """VLLM's own answers, as many adapters at a time as there are slots."""
         found: Answers = {}
         questions = list(order)
@@ -96,7 +117,7 @@ class Rig:
                 use_tqdm=False,
             )
             for question, output in zip(group, outputs, strict=True):
-                found[question] = list(output.outputs[0].token_ids)
+                found[question] = Answer.of(output.outputs[0])
         return found
 
 
@@ -105,17 +126,21 @@ def shared(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
 
 
-def judge(answers: list[tuple[tuple[int, int], list[int]]], expected: Answers) -> Row:
-    """How many are equal, and how many are another adapter's."""
-    equal = wrong = 0
-    for (adapter, which), tokens in answers:
-        own = shared(tokens, expected[adapter, which])
-        equal += own == len(tokens)
+def judge(answers: list[tuple[Question, Answer]], expected: Answers) -> Row:
+    """How many are equal, to the last bit of the log probabilities, and how many are another's."""
+    equal = bits = wrong = 0
+    for (adapter, which), answer in answers:
+        tokens, own = answer.tokens, expected[adapter, which]
+        agreed = shared(tokens, own.tokens)
+        equal += agreed == len(tokens)
+        bits += answer == own
         others = (
-            shared(tokens, e) for (a, w), e in expected.items() if w == which and a != adapter
+            shared(tokens, e.tokens)
+            for (a, w), e in expected.items()
+            if w == which and a != adapter
         )
-        wrong += own < len(tokens) and max(others, default=0) >= max(own, 1)
-    return {"answers": len(answers), "equal": equal, "wrong": wrong}
+        wrong += agreed < len(tokens) and max(others, default=0) >= max(agreed, 1)
+    return {"answers": len(answers), "equal": equal, "logprobs_equal": bits, "wrong": wrong}
 
 
 async def soak(rig: Rig, expected: Answers, native: dict[int, list[Any]]) -> tuple[Row, Row]:
@@ -127,21 +152,21 @@ async def soak(rig: Rig, expected: Answers, native: dict[int, list[Any]]) -> tup
     options = rig.options
     rng = random.Random(options.seed)
     weights = [(rank + 1) ** -0.8 for rank in range(len(rig.adapters))]
-    answers: list[tuple[tuple[int, int], list[int]]] = []
+    answers: list[tuple[Question, Answer]] = []
     waits: list[float] = []
     async with AsyncLoraCache(rig.llm, engine="resident", policy="lru", publish=False) as cache:
         await cache.prefetch(rig.adapters, tier="disk")
 
         async def ask(adapter: int, which: int) -> None:
             began = time.monotonic()
-            first, tokens = None, []
+            first = final = None
             async for output in cache.generate(
                 prompt(which, options.tiny), rig.params, rig.adapters[adapter]
             ):
                 first = first or time.monotonic() - began
-                tokens = list(output.outputs[0].token_ids)
+                final = output.outputs[0]
             waits.append(first or 0.0)
-            answers.append(((adapter, which), tokens))
+            answers.append(((adapter, which), Answer.of(final)))
 
         tasks: set[asyncio.Task[None]] = set()
         began = time.monotonic()
@@ -192,7 +217,7 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
     from lora_cache.engines.resident.plugin import register
 
     register()  # where the package is not installed, vLLM does not find the entry point
-    model, adapters = files(root, options.adapters, options.tiny)
+    model, adapters = write_files(root, options.adapters, tiny=options.tiny)
     import torch
     import vllm
 
@@ -206,7 +231,7 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
         "max_num_seqs": 32,
         "enable_lora": True,
         "max_loras": options.slots,
-        "max_cpu_loras": options.adapters,
+        "max_cpu_loras": options.host,
         "max_lora_rank": 16,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
@@ -226,7 +251,7 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
     checked = rng.sample(range(options.adapters), min(CHECKED_SLOTS, options.adapters))
     native = {adapter: rig.native_slot(adapter) for adapter in checked}
     questions = [
-        (adapter, which) for which in range(PROMPTS) for adapter in range(options.adapters)
+        (adapter, which) for adapter in range(options.adapters) for which in range(PROMPTS)
     ]
     expected = rig.native_answers(questions)
     again = rng.sample(questions, min(len(questions), 8 * options.slots))
@@ -242,7 +267,8 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
         "split_k_of_one": not options.split_k,
         "slots_of_vllm": options.slots,
         "adapters": options.adapters,
-        "distinct_answers": len({tuple(tokens) for tokens in expected.values()}),
+        "adapters_in_host_memory": options.host,
+        "distinct_answers": len({tuple(answer.tokens) for answer in expected.values()}),
         "stock_against_itself": itself,
         "resident_against_stock": resident,
         "slot_tensors": slots,
@@ -254,6 +280,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model; runs on a CPU")
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--host", type=int, default=60, help="max_cpu_loras")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--rate", type=float, default=10, help="requests a second")
     parser.add_argument("--tokens", type=int, default=24)

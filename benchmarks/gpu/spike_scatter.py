@@ -43,7 +43,9 @@ TINY = {
 }
 
 
-def files(root: Path, number: int, tiny: bool) -> tuple[Path, list[Path]]:
+def files(
+    root: Path, number: int, tiny: bool, rank: int = RANK, seed: int = 0
+) -> tuple[Path, list[Path]]:
     """A model and adapters for it: of Llama-3.1-8B's shapes, or of two narrow layers."""
     from benchmarks import shapes
 
@@ -52,7 +54,8 @@ def files(root: Path, number: int, tiny: bool) -> tuple[Path, list[Path]]:
         shapes._ATTENTION.update(q_proj=(128, 128), k_proj=(128, 128), v_proj=(128, 128))
         shapes._OUT.update(o_proj=(128, 128))
         shapes._MLP.update(gate_proj=(256, 128), up_proj=(256, 128), down_proj=(128, 256))
-    return shapes.write_model(root / "model"), shapes.write_adapters(root / "adapters", number)
+    adapters = shapes.write_adapters(root / "adapters", number, rank, seed)
+    return shapes.write_model(root / "model"), adapters
 
 
 def one_part_shrink() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from lora_cache.engines.base import Capabilities, Engine, TransitionFailedError
@@ -14,13 +15,20 @@ __all__ = ["Capabilities", "Engine", "TransitionFailedError", "make_engine"]
 SWITCH = "LORA_CACHE_RESIDENT"
 
 
-def make_engine(target: Any, kind: str = "auto", host_bytes: int | None = None) -> Engine:
+def make_engine(
+    target: Any,
+    kind: str = "auto",
+    host_bytes: int | None = None,
+    image_dir: Path | None = None,
+    image_bytes: int = 0,
+) -> Engine:
     """The engine for `target`: itself if it is one, else one around it.
 
     Args:
         target: an `Engine`, a `vllm.AsyncLLM` or a `vllm.LLM`.
         kind: ``"stock"``, ``"resident"``, or ``"auto"``: resident if `SWITCH` is set, else stock.
         host_bytes: what will be kept in host memory at most, for the resident engine.
+        image_dir, image_bytes: where, and in how many bytes, it keeps packed images on disk.
 
     Raises:
         ConfigError: `target` is none of these, or cannot be managed.
@@ -31,7 +39,7 @@ def make_engine(target: Any, kind: str = "auto", host_bytes: int | None = None) 
     if kind == "resident" or (kind == "auto" and os.environ.get(SWITCH) == "1"):
         from lora_cache.engines.resident.engine import ResidentEngine
 
-        return ResidentEngine(target, host_bytes)
+        return ResidentEngine(target, host_bytes, image_dir, image_bytes)
     from lora_cache.engines.stock import StockEngine
 
     return StockEngine(target)

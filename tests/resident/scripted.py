@@ -64,6 +64,10 @@ class WholeSlotWriter:
             offset += nbytes
         assert offset == image.numel()
 
+    def clear(self, slot: int) -> None:
+        for tensor in slot_tensors(self.manager, slot):
+            tensor.zero_()
+
 
 def whole_slot_parts(worker: Any) -> Parts:
     manager = worker._adapter_manager

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from lora_cache.engines.resident.arena import Arena
+from lora_cache.engines.resident.jobs import Wanted
 from lora_cache.engines.resident.packing_line import PackingLine
 from lora_cache.errors import CannotPackError, EngineError, InvalidAdapterError
 from tests.resident.layouts import plain_layout
@@ -38,9 +39,9 @@ async def line() -> AsyncIterator[tuple[PackingLine, Arena]]:
 
 
 async def pack(packing: PackingLine, arena: Arena, path: Path) -> list[bytes]:
-    _, nbytes = await packing.examine(path)
+    _, nbytes = await packing.examine(Wanted(str(path)))
     offsets = [arena.allocate(length) for length in nbytes]
-    await packing.pack(path, offsets, nbytes)
+    await packing.pack(Wanted(str(path)), offsets, nbytes)
     with mmap.mmap(arena.fd, arena.nbytes) as memory:
         return [memory[o : o + n] for o, n in zip(offsets, nbytes, strict=True)]
 
@@ -83,11 +84,11 @@ def test_what_it_refuses_and_that_it_goes_on(adapter: Adapter, tmp_path: Path) -
     async def main() -> None:
         async with line() as (packing, arena):
             with pytest.raises(CannotPackError, match="modules_to_save"):
-                await packing.examine(unknown)
+                await packing.examine(Wanted(str(unknown)))
             with pytest.raises(InvalidAdapterError):
-                await packing.examine(damaged)
+                await packing.examine(Wanted(str(damaged)))
             with pytest.raises(InvalidAdapterError, match="nothing"):
-                await packing.examine(tmp_path / "nothing")
+                await packing.examine(Wanted(str(tmp_path / "nothing")))
             assert await pack(packing, arena, good) == here(good)
             assert packing.restarts == 0
 
@@ -99,7 +100,7 @@ def test_a_job_whose_packer_dies_is_done_by_the_next_one(adapter: Adapter) -> No
 
     async def main() -> None:
         async with line() as (packing, arena):
-            await packing.examine(path)
+            await packing.examine(Wanted(str(path)))
             assert packing.pid is not None
             os.kill(packing.pid, signal.SIGSTOP)  # so that it cannot be faster
             job = asyncio.create_task(pack(packing, arena, path))
@@ -116,7 +117,7 @@ def test_a_job_that_kills_every_packer_is_given_up(adapter: Adapter) -> None:
 
     async def main() -> None:
         async with line() as (packing, _):
-            job = asyncio.create_task(packing.examine(path))
+            job = asyncio.create_task(packing.examine(Wanted(str(path))))
             killed: set[int] = set()
             while not job.done():
                 if packing.pid not in (None, *killed):

@@ -14,12 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 import torch
 
-from lora_cache.engines.resident.images import ImageWriter, Parts
+from lora_cache.engines.resident.images import ImageWriter, Parts, Written
 from lora_cache.engines.resident.steps import StepClock
 from lora_cache.engines.resident.table import SlotTable, SlotTakenError, StoppedError
 from lora_cache.engines.resident.wire import (
@@ -33,6 +34,8 @@ from lora_cache.engines.resident.wire import (
     Load,
     LoadNative,
     Message,
+    PageLock,
+    PageUnlock,
     Report,
     Unload,
     Welcome,
@@ -73,9 +76,13 @@ class Agent:
         self._device = device
         self._stop = threading.Event()
         self._lost = threading.Event()
+        #: Whether the manager said good-bye.
+        self.dismissed = False
         self.table = SlotTable(hello.max_loras, self._stop.is_set)
         self._native: dict[int, Any] = {}  # what vLLM's loader made, by id
-        self._outbox: deque[Displaced] = deque()
+        self._outbox: deque[Displaced | Done | Failed] = deque()
+        # Page-locking takes long, and loads are not to wait for it.
+        self._locking = ThreadPoolExecutor(1, "lora-cache-page-locks")
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()  # `select` takes no descriptor above 1023
         self._poll.register(self._wake, select.POLLIN)
@@ -104,7 +111,10 @@ class Agent:
 
     def tell(self, change: Displaced) -> None:
         """Report what happened to a slot; never waits for the manager."""
-        self._outbox.append(change)
+        self._send_later(change)
+
+    def _send_later(self, message: Displaced | Done | Failed) -> None:
+        self._outbox.append(message)
         os.eventfd_write(self._wake, 1)
 
     # --- the thread ----------------------------------------------------------------------
@@ -120,6 +130,7 @@ class Agent:
             while True:
                 message = self._next()
                 if isinstance(message, Bye):
+                    self.dismissed = True
                     break
                 self._handle(message, images)
         except (EOFError, OSError, StoppedError) as error:
@@ -129,6 +140,7 @@ class Agent:
             # vLLM must not go down with it; the step thread sees `lost` and takes the slots back.
             logger.exception("the agent of lora_cache failed; vLLM manages its slots itself again")
         finally:
+            self._locking.shutdown(cancel_futures=True)
             if images is not None:
                 images.close()
             self._channel.shut_down()
@@ -165,9 +177,11 @@ class Agent:
                 for lora_id in message.lora_ids:
                     self._native.pop(lora_id, None)
             self._answer(Done(message.op, time.perf_counter() - began))
+        elif isinstance(message, PageLock | PageUnlock):
+            self._locking.submit(self._page_lock, message, images)
         elif isinstance(message, Load | LoadNative):
             try:
-                self._load(message, images)
+                waited, written = self._load(message, images)
             except (EOFError, OSError, StoppedError):
                 raise
             except SlotTakenError as error:
@@ -178,24 +192,39 @@ class Agent:
                 )
                 self._answer(Failed(message.op, f"{type(error).__name__}: {error}"))
             else:
-                self._answer(Done(message.op, time.perf_counter() - began))
+                self._answer(Done(message.op, time.perf_counter() - began, waited, *written))
         else:
             raise WireError(f"a {type(message).__name__} is not for an agent")
 
-    def _load(self, load: Load | LoadNative, images: ImageWriter) -> None:
-        write: Callable[[], None]
+    def _page_lock(self, message: PageLock | PageUnlock, images: ImageWriter) -> None:
+        began = time.perf_counter()
+        try:
+            if isinstance(message, PageLock):
+                images.lock(message.offset, message.nbytes)
+            else:
+                for offset in message.offsets:
+                    images.unlock(offset)
+        except Exception as error:
+            logger.exception("page-locking an image failed")
+            self._send_later(Failed(message.op, f"{type(error).__name__}: {error}"))
+        else:
+            self._send_later(Done(message.op, time.perf_counter() - began))
+
+    def _load(self, load: Load | LoadNative, images: ImageWriter) -> tuple[float, Written]:
+        write: Callable[[], Written]
         if isinstance(load, LoadNative):
             if load.lora_id not in self._native:
                 self._native[load.lora_id] = self._parts.read_native(load.lora_id, load.path)
             model = self._native[load.lora_id]
             if load.slot < 0:
-                return
+                return 0.0, Written()
             write = partial(images.write_native, load.slot, model)
         else:
             write = partial(images.write, load.slot, load.offset, load.nbytes, load.contents)
         if load.lora_id in self.table.ids():
             raise SlotTakenError(f"{load.lora_id} is published already")
         hold = None
+        began = time.perf_counter()
         for _ in range(_ATTEMPTS):
             hold = self.table.take(load.slot, load.displaces)
             try:
@@ -207,9 +236,11 @@ class Agent:
                 break
         else:
             raise SlotTakenError(f"running requests need {load.displaces} in slot {load.slot}")
+        waited = time.perf_counter() - began
         try:
-            write()
+            written = write()
         except BaseException:
             self.table.release(hold)
             raise
         self.table.publish(hold, load.lora_id)
+        return waited, written

@@ -21,7 +21,7 @@ from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.engines import SWITCH
 from lora_cache.engines.base import Capabilities, TransitionFailedError
 from lora_cache.engines.managed import FOREIGN, ManagedVllm
-from lora_cache.engines.resident import wire
+from lora_cache.engines.resident import jobs, wire
 from lora_cache.engines.resident.arena import Arena, ArenaFullError
 from lora_cache.engines.resident.layout import Contents, Layout
 from lora_cache.engines.resident.packing_line import PackingLine
@@ -34,6 +34,7 @@ from lora_cache.errors import (
     EngineError,
     LoraCacheError,
 )
+from lora_cache.paths import cache_home
 from lora_cache.planner import Holdings, Transition
 from lora_cache.state import Tier
 
@@ -66,6 +67,8 @@ class ResidentEngine(ManagedVllm):
             ``LORA_CACHE_RESIDENT=1`` in the environment.
         host_bytes: what the caller keeps in host memory at most, in bytes of adapter files; if
             None, up to half of the memory that is available now.
+        image_dir: where packed images are kept on disk; ``images`` in `cache_home`, if None.
+        image_bytes: what they may take there together; 0: none are kept.
 
     Attributes:
         displaced: how often a worker had to bring in an adapter by itself, because a request ran
@@ -75,9 +78,17 @@ class ResidentEngine(ManagedVllm):
         ConfigError: LoRA is off, or the topology is one that cannot be managed.
     """
 
-    def __init__(self, target: Any, host_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        target: Any,
+        host_bytes: int | None = None,
+        image_dir: Path | None = None,
+        image_bytes: int = 0,
+    ) -> None:
         super().__init__(target)
         self._host_bytes = host_bytes
+        self._image_dir = image_dir or cache_home() / "images"
+        self._image_bytes = image_bytes
         self._capabilities = _read_capabilities(self._client.vllm_config)
         self._workers = Workers(self._on_displaced, self._on_lost)
         self._arena: Arena | None = None
@@ -122,7 +133,8 @@ class ResidentEngine(ManagedVllm):
             msgspec.msgpack.decode(worker.hello.layout, type=Layout) for worker in self._workers.all
         ]
         self._arena = Arena(self._arena_bytes(layouts))
-        self._line = PackingLine(self._arena, layouts)
+        self._line = PackingLine(self._arena, layouts, self._image_dir, self._image_bytes)
+        await self._line.start()
         self._workers.tell(wire.Welcome(self._arena.path, self._arena.nbytes))
 
     def _arena_bytes(self, layouts: list[Layout]) -> int:
@@ -179,7 +191,7 @@ class ResidentEngine(ManagedVllm):
     ) -> None:
         fresh = adapter.key not in self._images
         try:
-            image = await self._stage(adapter)
+            image = await self._stage(adapter, urgent=move.to is Tier.GPU)
         except (LoraCacheError, ArenaFullError, WorkerError) as error:
             raise TransitionFailedError(
                 self._error(error, f"{adapter.key} could not be brought in", adapter.key)
@@ -220,14 +232,16 @@ class ResidentEngine(ManagedVllm):
 
         await self._workers.command(load)
 
-    async def _stage(self, adapter: Adapter) -> _Image:
+    async def _stage(self, adapter: Adapter, urgent: bool) -> _Image:
         """The adapter's image in host memory, made if it is not there."""
         key = adapter.key
         if key in self._images:
             return self._images[key]
         lora_id = self._request_for(adapter).lora_int_id
         try:
-            self._images[key] = await self._pack(adapter)
+            image = await self._pack(adapter, urgent)
+            await self._page_lock(image)
+            self._images[key] = image
         except CannotPackError as error:
             logger.info("%s takes the slow path: %s", key, error)
             path = str(adapter.path)
@@ -235,18 +249,36 @@ class ResidentEngine(ManagedVllm):
             self._images[key] = _Image()
         return self._images[key]
 
-    async def _pack(self, adapter: Adapter) -> _Image:
+    async def _page_lock(self, image: _Image) -> None:
+        """Have every worker make an image ready; one that could not be is not an error."""
+        try:
+            await self._workers.command(
+                lambda op, worker: wire.PageLock(op, image.offsets[worker], image.nbytes[worker])
+            )
+        except BaseException:
+            await self._free(image.offsets)
+            raise
+
+    async def _free(self, offsets: list[int]) -> None:
+        """Give back what images took, once no worker's GPU can read it any more."""
+        if not offsets or self._line is None:
+            return
+        await self._workers.command(lambda op, _: wire.PageUnlock(op, offsets))
+        self._line.free(offsets)
+
+    async def _pack(self, adapter: Adapter, urgent: bool) -> _Image:
         if self._line is None or self._arena is None:
             raise EngineDeadError("the engine is gone; build a new engine and cache")
-        contents, nbytes = await self._line.examine(adapter.path)
+        key = adapter.key.digest
+        wanted = jobs.Wanted(str(adapter.path), key, adapter.stamp, urgent)
+        contents, nbytes = await self._line.examine(wanted)
         offsets: list[int] = []
         try:
             for length in nbytes:
                 offsets.append(self._arena.allocate(length))
-            await self._line.pack(adapter.path, offsets, nbytes)
+            await self._line.pack(wanted, offsets, nbytes)
         except BaseException:
-            for offset in offsets:
-                self._arena.free(offset)
+            self._line.free(offsets)
             raise
         return _Image(contents, offsets, nbytes)
 
@@ -282,14 +314,15 @@ class ResidentEngine(ManagedVllm):
 
     async def _forget(self, keys: Sequence[AdapterKey]) -> None:
         """Drop these from host memory."""
-        native = []
+        native: list[int] = []
+        offsets: list[int] = []
         for key in keys:
             image = self._images.pop(key, None)
             if image is not None and not image.offsets:
                 native.append(self._id_of(key))
-            elif image is not None and self._arena is not None:
-                for offset in image.offsets:
-                    self._arena.free(offset)
+            elif image is not None:
+                offsets += image.offsets
+        await self._free(offsets)
         if native:
             await self._workers.command(lambda op, _: wire.Unload(op, native, forget=True))
 

@@ -1,20 +1,30 @@
-"""What the manager and its packer say to each other, over the packer's standard streams.
-
-Frames as on the workers' sockets: four bytes of length, big-endian, then msgpack of a struct.
-"""
+"""What the manager and its packer say to each other, over the packer's standard streams."""
 
 from __future__ import annotations
 
-import asyncio
-from typing import BinaryIO, TypeVar
-
 import msgspec
 
+from lora_cache.engines.resident.framing import Frames, frame
 from lora_cache.engines.resident.layout import Contents, Layout
+from lora_cache.manifest import Stamp
 
-_LENGTH_BYTES = 4
+_MAX_BYTES = 1 << 30  # the layouts of a large mixture on many workers are one message
 
-T = TypeVar("T")
+
+class Wanted(msgspec.Struct, frozen=True):
+    """An adapter whose images are wanted.
+
+    Attributes:
+        directory: where its files are.
+        key: the digest of its `AdapterKey`; empty: its images are neither looked for nor kept.
+        stamp: of the files when they were found to be those of the key.
+        urgent: somebody waits for it; what is only prefetched comes after.
+    """
+
+    directory: str
+    key: str = ""
+    stamp: Stamp = ()
+    urgent: bool = True
 
 
 class Layouts(msgspec.Struct, tag=True, frozen=True):
@@ -27,14 +37,14 @@ class Examine(msgspec.Struct, tag=True, frozen=True):
     """What will the images of an adapter hold?  Answered by `Sizes`."""
 
     job: int
-    directory: str
+    wanted: Wanted
 
 
 class Pack(msgspec.Struct, tag=True, frozen=True):
     """Write the images into the arena at these offsets, one a worker.  Answered by `Packed`."""
 
     job: int
-    directory: str
+    wanted: Wanted
     offsets: list[int]
     nbytes: list[int]
 
@@ -48,10 +58,23 @@ class Sizes(msgspec.Struct, tag=True, frozen=True):
 
 
 class Packed(msgspec.Struct, tag=True, frozen=True):
-    """The images are in the arena."""
+    """The images are in the arena.
+
+    Attributes:
+        read: how many of them were kept on disk, and only had to be read.
+        saving: the packer still reads them, to keep them on disk: it says `Saved` when it is done.
+    """
 
     job: int
     seconds: float
+    read: int = 0
+    saving: bool = False
+
+
+class Saved(msgspec.Struct, tag=True, frozen=True):
+    """The packer has no more to do with the images, whether they could be kept or not."""
+
+    job: int
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
@@ -68,29 +91,22 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 Job = Layouts | Examine | Pack
-Answer = Sizes | Packed | Refused
+Answer = Sizes | Packed | Saved | Refused
 
-JOBS: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
-ANSWERS: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
-
-
-def frame(message: Job | Answer) -> bytes:
-    """A message as it goes over the stream."""
-    body = msgspec.msgpack.encode(message)
-    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+_jobs: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
 
-def read(stream: BinaryIO, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
-    """The next message, or None at the end of the stream."""
-    head = stream.read(_LENGTH_BYTES)
-    body = stream.read(int.from_bytes(head, "big"))
-    return decoder.decode(body) if body else None
+def encode(message: Job | Answer) -> bytes:
+    """The frame of a message.  Thread-safe."""
+    return frame(message, _MAX_BYTES)
 
 
-async def receive(stream: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
-    """The next message, or None at the end of the stream: the packer has died."""
-    try:
-        head = await stream.readexactly(_LENGTH_BYTES)
-        return decoder.decode(await stream.readexactly(int.from_bytes(head, "big")))
-    except (asyncio.IncompleteReadError, ConnectionResetError):
-        return None
+def job_frames() -> Frames[Job]:
+    """What the packer reads with."""
+    return Frames(_jobs, _MAX_BYTES)
+
+
+def answer_frames() -> Frames[Answer]:
+    """What the manager reads with."""
+    return Frames(_answers, _MAX_BYTES)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 
 import msgspec
 
@@ -148,7 +149,7 @@ class Layout(msgspec.Struct, frozen=True, dict=True):
     def item_bytes(self) -> int:
         return ITEM_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal digests mean that one worker's image is right for the other: 32 hex digits."""
         encoded = msgspec.json.encode((FORMAT, self))

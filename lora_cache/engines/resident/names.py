@@ -7,6 +7,7 @@ The rules are those of ``parse_fine_tuned_lora_name`` and ``WeightsMapper`` (vLL
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -76,6 +77,7 @@ def is_skipped(name: str, skip_prefixes: tuple[str, ...]) -> bool:
     )
 
 
+@lru_cache(1 << 16)  # an adapter like the last one, or the next worker's layout: the same names
 def parse_name(name: str, renames: Renames) -> ParsedName:
     """Parse the name of one tensor of an adapter's file.
 

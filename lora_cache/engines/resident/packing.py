@@ -7,100 +7,209 @@ roundings are vLLM's own), and never vLLM.  What it does not know for certain it
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from lora_cache.engines.resident.hands import ALONE, Hands
 from lora_cache.engines.resident.layout import Contents, Layout, Piece, Placed
 from lora_cache.engines.resident.names import ParsedName, is_skipped, parse_name
 from lora_cache.engines.resident.peft_config import PeftConfig, read_peft_config
-from lora_cache.errors import CannotPackError, InvalidAdapterError
-from lora_cache.manifest import WEIGHTS_FILE
+from lora_cache.engines.resident.weights_file import Tensor, WeightsFile
+from lora_cache.errors import CannotPackError
+from lora_cache.manifest import WEIGHTS_FILE, read_stamp
+
+_SHARE_BYTES = 4 << 20  # of an image, that one thread packs at a time
 
 
 class _Module:
-    """One adapter module: the names and shapes of its two matrices, and its scaling."""
+    """One adapter module: its two matrices, and its scaling."""
 
-    def __init__(self, peft_module: str) -> None:
-        self.peft_module = peft_module
-        self.names: dict[str, str] = {}
-        self.shapes: dict[str, list[int]] = {}
+    def __init__(self, scaling: float) -> None:
+        self.scaling = scaling
+        self.matrices: dict[str, Tensor] = {}
 
     @property
     def rank(self) -> int:
-        return self.shapes["A"][0]
+        return self.matrices["A"].shape[0]
+
+
+class Source:
+    """An adapter's files, open: what is examined is what will be packed.
+
+    Close it when all images are made.
+
+    Attributes:
+        stamp: of the files, before they were opened.
+
+    Raises:
+        CannotPackError: the packer does not know this adapter.
+        InvalidAdapterError: a file cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.stamp = read_stamp(directory)
+        self.config = read_peft_config(directory)
+        self.weights = WeightsFile(directory / WEIGHTS_FILE)
+
+    def close(self) -> None:
+        self.weights.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Packing:
+    """One image to be made of an adapter.
+
+    Attributes:
+        contents: what the image will hold.
+        nbytes: its size.
+
+    Raises:
+        CannotPackError: the packer does not know this adapter, or this model.
+    """
+
+    def __init__(self, layout: Layout, source: Source) -> None:
+        self._layout = layout
+        self._weights = source.weights
+        self._modules = _modules(layout, source.weights, source.config)
+        self.contents = _contents(layout, self._modules)
+        self.nbytes = layout.nbytes(self.contents)
+
+    def fill(self, out: Any, hands: Hands = ALONE) -> None:
+        """Write the image.
+
+        Every byte of it is written, the gaps between pieces as zeros: equal adapters give equal
+        images.  What lies behind it in `out` is left alone.  After an error `out` holds anything.
+
+        Args:
+            out: a writable, contiguous buffer of bytes: shared memory, a memoryview, an array.
+            hands: who does it; nobody writes to `out` any more when this returns or raises.
+
+        Raises:
+            InvalidAdapterError: a file cannot be read.
+            ValueError: `out` is too small.
+        """
+        view = memoryview(out).cast("B")
+        if len(view) < self.nbytes:
+            raise ValueError(f"the image has {self.nbytes} bytes, the buffer {len(view)}")
+        image = view[: self.nbytes]
+        placed = list(self._layout.place(self.contents))
+        self._clear_gaps(image, placed)
+        hands.do(lambda share: self._pack(image, share), list(_shares(placed)))
+
+    def _clear_gaps(self, image: memoryview, placed: list[Placed]) -> None:
+        end = 0
+        for where in placed:
+            if end < where.offset:
+                image[end : where.offset] = bytes(where.offset - end)
+            end = where.offset + self._size(where)
+        image[end:] = bytes(len(image) - end)
+
+    def _pack(self, image: memoryview, share: Sequence[Placed]) -> None:
+        for placed in share:
+            piece = self._layout.pieces[placed.number]
+            module = self._modules[piece.source]
+            tensor = module.matrices[piece.matrix]
+            target = self._target(image, placed)
+            runs = None
+            if tensor.dtype == self._layout.dtype:
+                runs = _runs(piece, tensor, module.rank, placed.shape)
+            if runs is None:
+                _fill(target, piece, self._tensor(tensor), module.rank)
+            else:
+                at = placed.offset
+                for start, stop in runs:
+                    self._weights.read(start, image[at : at + stop - start])
+                    at += stop - start
+            if piece.matrix == "B" and module.scaling != 1:
+                # After the cast, in the slot's dtype: as vLLM does it.  Zeros stay positive.
+                oriented = target if piece.rank_first else target.T
+                oriented[: piece.ranks(module.rank)].mul_(module.scaling)
+
+    def _size(self, placed: Placed) -> int:
+        return placed.shape[0] * placed.shape[1] * self._layout.item_bytes
+
+    def _target(self, image: memoryview, placed: Placed) -> torch.Tensor:
+        dtype = getattr(torch, self._layout.dtype)
+        count = placed.shape[0] * placed.shape[1]
+        return torch.frombuffer(image, dtype=dtype, count=count, offset=placed.offset).view(
+            placed.shape
+        )
+
+    def _tensor(self, tensor: Tensor) -> torch.Tensor:
+        dtype = getattr(torch, tensor.dtype)
+        count = tensor.nbytes // dtype.itemsize
+        mapped = self._weights.mapped()
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=tensor.start).view(
+            tensor.shape
+        )
 
 
 def examine(layout: Layout, directory: Path) -> Contents:
     """What the image of an adapter will hold: reads its configuration and header, no weights.
 
-    Use `Layout.nbytes` on the answer to know how large a buffer `pack` needs.
-
     Raises:
         CannotPackError: the packer does not know this adapter, or this model.
         InvalidAdapterError: a file cannot be read.
     """
-    with _open(directory) as file:
-        return _contents(layout, _modules(layout, file, read_peft_config(directory), directory))
+    with Source(directory) as source:
+        return Packing(layout, source).contents
 
 
 def pack(layout: Layout, directory: Path, out: Any) -> Contents:
-    """Write the image of an adapter.
-
-    Every byte of the image is written, the gaps between pieces as zeros: equal adapters give equal
-    images.  What lies behind it in `out` is left alone.  After an error `out` holds anything.
-
-    Args:
-        layout: of the worker that the image is for.
-        directory: an adapter that `read_manifest` accepts.
-        out: a writable, contiguous buffer of bytes: shared memory, a memoryview, a numpy array.
-
-    Returns:
-        What the image holds; its size is `Layout.nbytes` of that.
+    """Write the image of an adapter, in this thread; see `Packing.fill`.
 
     Raises:
-        CannotPackError: the packer does not know this adapter, or this model.
-        InvalidAdapterError: a file cannot be read.
-        ValueError: `out` is too small.
+        as `examine`, and `Packing.fill`.
     """
-    config = read_peft_config(directory)
-    with _open(directory) as file:
-        modules = _modules(layout, file, config, directory)
-        contents = _contents(layout, modules)
-        nbytes = layout.nbytes(contents)
-        view = memoryview(out).cast("B")
-        if len(view) < nbytes:
-            raise ValueError(f"the image has {nbytes} bytes, the buffer {len(view)}")
-        image = torch.frombuffer(view, dtype=torch.uint8, count=nbytes)
-        end = 0
-        for placed in layout.place(contents):
-            piece = layout.pieces[placed.number]
-            target = _target(layout, image, placed)
-            module = modules[piece.source]
-            image[end : placed.offset].zero_()
-            end = placed.offset + target.numel() * layout.item_bytes
-            try:
-                weights = file.get_tensor(module.names[piece.matrix])
-            except SafetensorError as error:
-                raise InvalidAdapterError(f"{directory / WEIGHTS_FILE}: {error}") from error
-            _fill(target, piece, weights, module.rank, config.scaling(module.peft_module))
-        image[end:].zero_()
-    return contents
+    with Source(directory) as source:
+        packing = Packing(layout, source)
+        packing.fill(out)
+        return packing.contents
 
 
-def _target(layout: Layout, image: torch.Tensor, placed: Placed) -> torch.Tensor:
-    rows, columns = placed.shape
-    stop = placed.offset + rows * columns * layout.item_bytes
-    return image[placed.offset : stop].view(getattr(torch, layout.dtype)).view(rows, columns)
+def _shares(placed: list[Placed]) -> Iterator[list[Placed]]:
+    """Neighbours that have about as many bytes together as one thread should pack at a time."""
+    share: list[Placed] = []
+    for where in placed:
+        if share and where.offset - share[0].offset >= _SHARE_BYTES:
+            yield share
+            share = []
+        share.append(where)
+    if share:
+        yield share
 
 
-def _fill(
-    target: torch.Tensor, piece: Piece, weights: torch.Tensor, rank: int, scaling: float
-) -> None:
-    """Cast, cut and scale in vLLM's order: cast to the slot's dtype first, then multiply there."""
+def _runs(
+    piece: Piece, tensor: Tensor, rank: int, shape: tuple[int, int]
+) -> list[tuple[int, int]] | None:
+    """Where the file has the bytes of a piece as they are, in their order; None: nowhere.
+
+    So it is when slot and file have whole rows in common: nothing to transpose, cut or pad.
+    """
+    row = tensor.nbytes // tensor.shape[0]
+    if piece.matrix == "A":
+        first, count = piece.rank_start, piece.ranks(rank)
+        whole_rows = piece.rank_first and piece.spans == ((0, tensor.shape[1]),)
+        if not whole_rows or shape[0] != count:
+            return None
+        spans: Sequence[tuple[int, int]] = ((first, first + count),)
+    else:
+        if piece.rank_first or piece.rank_start or shape[1] != rank:
+            return None
+        spans = piece.spans
+    return [(tensor.start + start * row, tensor.start + stop * row) for start, stop in spans]
+
+
+def _fill(target: torch.Tensor, piece: Piece, weights: torch.Tensor, rank: int) -> None:
+    """Cast, transpose and cut; the image's rank is that of the adapter's largest module."""
     across = weights if piece.matrix == "A" else weights.T  # (rank, width)
     ranks = piece.ranks(rank)
     across = across[piece.rank_start : piece.rank_start + ranks]
@@ -109,16 +218,7 @@ def _fill(
     for start, stop in piece.spans:
         oriented[:ranks, column : column + stop - start].copy_(across[:, start:stop])
         column += stop - start
-    if piece.matrix == "B" and scaling != 1:
-        oriented[:ranks].mul_(scaling)
-    oriented[ranks:].zero_()  # the image's rank is that of the adapter's largest module
-
-
-def _open(directory: Path) -> Any:
-    try:
-        return safe_open(os.fspath(directory / WEIGHTS_FILE), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InvalidAdapterError(f"{directory / WEIGHTS_FILE} cannot be read: {error}") from error
+    oriented[ranks:].zero_()
 
 
 def _contents(layout: Layout, modules: dict[int, _Module]) -> Contents:
@@ -126,7 +226,7 @@ def _contents(layout: Layout, modules: dict[int, _Module]) -> Contents:
     return Contents.of(rank, set(modules), len(layout.sources))
 
 
-def _modules(layout: Layout, file: Any, config: PeftConfig, directory: Path) -> dict[int, _Module]:
+def _modules(layout: Layout, weights: WeightsFile, config: PeftConfig) -> dict[int, _Module]:
     """The adapter's modules that have a place in the slot, by their index in `Layout.sources`."""
     if layout.refusal:
         raise CannotPackError(f"the packer cannot fill this model's slots: {layout.refusal}")
@@ -137,7 +237,7 @@ def _modules(layout: Layout, file: Any, config: PeftConfig, directory: Path) -> 
     indices = {source: index for index, source in enumerate(layout.sources)}
     modules: dict[int, _Module] = {}
     seen = False
-    for name in file.keys():  # noqa: SIM118 - no mapping
+    for name, tensor in weights.tensors.items():
         if is_skipped(name, layout.skip_prefixes):
             continue
         parsed = parse_name(name, layout.renames)
@@ -146,15 +246,16 @@ def _modules(layout: Layout, file: Any, config: PeftConfig, directory: Path) -> 
         if index is None:
             _check_ignored(layout, parsed, name)
             continue
-        module = modules.setdefault(index, _Module(parsed.peft_module))
-        if parsed.matrix in module.names:
+        if index not in modules:
+            modules[index] = _Module(config.scaling(parsed.peft_module))
+        matrices = modules[index].matrices
+        if parsed.matrix in matrices:
             raise CannotPackError(f"{name} is there twice")
-        module.names[parsed.matrix] = name
-        module.shapes[parsed.matrix] = list(file.get_slice(name).get_shape())
+        matrices[parsed.matrix] = tensor
         if parsed.is_embedding and parsed.matrix == "A":
-            _check_vocabulary(layout, module, name)
+            _check_vocabulary(layout, tensor, name)
     if not seen:
-        raise CannotPackError(f"{directory / WEIGHTS_FILE} holds no LoRA weights")
+        raise CannotPackError(f"{weights.path} holds no LoRA weights")
     for index, module in modules.items():
         _check_halves(layout, layout.sources[index], module)
     for piece in layout.pieces:
@@ -171,13 +272,13 @@ def _check_ignored(layout: Layout, parsed: ParsedName, name: str) -> None:
         raise CannotPackError(f"{name} is of no module that the model has")
 
 
-def _check_vocabulary(layout: Layout, module: _Module, name: str) -> None:
-    if module.shapes["A"][1:] != [layout.vocab_size]:
+def _check_vocabulary(layout: Layout, tensor: Tensor, name: str) -> None:
+    if tensor.shape[1:] != (layout.vocab_size,):
         raise CannotPackError(f"{name}: the model's vocabulary has {layout.vocab_size} tokens")
 
 
 def _check_halves(layout: Layout, source: str, module: _Module) -> None:
-    shapes = module.shapes
+    shapes = {matrix: tensor.shape for matrix, tensor in module.matrices.items()}
     if set(shapes) != {"A", "B"}:
         raise CannotPackError(f"{source} has but one of its two matrices")
     if len(shapes["A"]) != 2 or len(shapes["B"]) != 2 or shapes["A"][0] != shapes["B"][1]:
@@ -187,7 +288,7 @@ def _check_halves(layout: Layout, source: str, module: _Module) -> None:
 
 
 def _check_width(piece: Piece, source: str, module: _Module) -> None:
-    width = module.shapes[piece.matrix][1 if piece.matrix == "A" else 0]
+    width = module.matrices[piece.matrix].shape[1 if piece.matrix == "A" else 0]
     needed = piece.width if piece.width_is_exact else max(stop for _, stop in piece.spans)
     if width < needed or (piece.width_is_exact and width > needed):
         raise CannotPackError(f"{source}: {piece.matrix} is {width} wide, the model has {needed}")

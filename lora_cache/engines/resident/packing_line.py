@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
@@ -22,32 +23,61 @@ class _DiedError(Exception):
 
 
 class PackingLine:
-    """Packs adapters in another process, one after the other.
+    """Has adapters packed by another process, several at a time.
 
     One event loop.  A job whose caller is cancelled is carried out all the same.
 
     Args:
         arena: where images go.
         layouts: one a worker, in the order of their ranks.
+        image_dir: where images are kept on disk, so that they need not be packed again.
+        image_bytes: what they may take there together; 0: none are kept.
+
+    Attributes:
+        restarts: how often the packer was started anew because it had died.
+        packed: images that were packed.
+        read: images that were kept on disk, and only had to be read.
     """
 
-    def __init__(self, arena: Arena, layouts: list[Layout]) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        layouts: list[Layout],
+        image_dir: Path | None = None,
+        image_bytes: int = 0,
+    ) -> None:
         self._arena = arena
         self._layouts = layouts
+        self._arguments = [str(arena.fd), str(arena.nbytes)]
+        if image_dir is not None and image_bytes:
+            self._arguments += [str(image_dir), str(image_bytes)]
         self._numbers = count(1)
         self._jobs: dict[int, asyncio.Future[jobs.Answer]] = {}
+        self._in_use: dict[int, int] = {}  # offset → the job that may still read or write there
+        self._unwanted: set[int] = set()  # offsets that are to be free when no job uses them
         self._process: Process | None = None
         self._reading: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
-        #: How often the packer was started anew because it had died.
         self.restarts = 0
+        self.packed = 0
+        self.read = 0
 
     @property
     def pid(self) -> int | None:
         """The packer's process, if it runs."""
         return self._process.pid if self._process else None
 
-    async def examine(self, directory: Path) -> tuple[list[Contents], list[int]]:
+    async def start(self) -> None:
+        """Start the packer, if it does not run: the first job need not wait for it then."""
+        async with self._starting:
+            if self._process is None:
+                self._process = await self._spawn()
+                self._reading = asyncio.create_task(
+                    self._read(self._process), name="lora-cache-packer"
+                )
+                _write(self._process, jobs.Layouts(self._layouts))
+
+    async def examine(self, wanted: jobs.Wanted) -> tuple[list[Contents], list[int]]:
         """What an adapter's images will hold, and how many bytes they have, one a worker.
 
         Raises:
@@ -55,17 +85,28 @@ class PackingLine:
             InvalidAdapterError: its files are damaged.
             EngineError: the packer died again and again.
         """
-        answer = await self._ask(jobs.Examine(next(self._numbers), str(directory)))
+        answer = await self._ask(jobs.Examine(next(self._numbers), wanted))
         assert isinstance(answer, jobs.Sizes)
         return answer.contents, answer.nbytes
 
-    async def pack(self, directory: Path, offsets: list[int], nbytes: list[int]) -> None:
-        """Write an adapter's images into the arena.
+    async def pack(self, wanted: jobs.Wanted, offsets: list[int], nbytes: list[int]) -> None:
+        """Have an adapter's images in the arena.  Give the offsets back with `free`, only.
 
         Raises:
             as `examine`.
         """
-        await self._ask(jobs.Pack(next(self._numbers), str(directory), offsets, nbytes))
+        answer = await self._ask(jobs.Pack(next(self._numbers), wanted, offsets, nbytes))
+        assert isinstance(answer, jobs.Packed)
+        self.read += answer.read
+        self.packed += len(offsets) - answer.read
+
+    def free(self, offsets: Iterable[int]) -> None:
+        """Give stretches of the arena back: at once, or when the packer has done with them."""
+        for offset in offsets:
+            if offset in self._in_use:
+                self._unwanted.add(offset)
+            else:
+                self._arena.free(offset)
 
     async def close(self) -> None:
         """End the packer.  Idempotent."""
@@ -89,43 +130,56 @@ class PackingLine:
                 return found
             raise (CannotPackError if found.unknown else InvalidAdapterError)(found.message)
         raise EngineError(
-            f"the packer died {_AGAIN} times over {job.directory}: is there enough memory?"
+            f"the packer died {_AGAIN} times over {job.wanted.directory}: is there enough memory?"
         )
 
-    async def _send(self, job: jobs.Job) -> None:
-        async with self._starting:
-            if self._process is None:
-                self._process = await self._start()
-                self._reading = asyncio.create_task(
-                    self._read(self._process), name="lora-cache-packer"
-                )
-                _write(self._process, jobs.Layouts(self._layouts))
+    async def _send(self, job: jobs.Examine | jobs.Pack) -> None:
+        await self.start()
+        assert self._process is not None
+        if isinstance(job, jobs.Pack):
+            self._in_use.update(dict.fromkeys(job.offsets, job.job))
         _write(self._process, job)
 
-    async def _start(self) -> Process:
+    async def _spawn(self) -> Process:
         # One thread: two of them spin for each other while vLLM computes.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         module = "lora_cache.engines.resident.packer"
         return await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, str(self._arena.fd), str(self._arena.nbytes),
+            sys.executable, "-m", module, *self._arguments,
             stdin=PIPE, stdout=PIPE, env=environment, pass_fds=(self._arena.fd,),
         )  # fmt: skip
 
     async def _read(self, process: Process) -> None:
         assert process.stdout is not None
-        while (answer := await jobs.receive(process.stdout, jobs.ANSWERS)) is not None:
-            if waiting := self._jobs.pop(answer.job, None):
-                waiting.set_result(answer)
+        frames = jobs.answer_frames()
+        while data := await process.stdout.read(1 << 16):
+            for answer in frames.feed(data):
+                self._take(answer)
         if self._process is process:  # nobody asked it to end
             self._process = None
             self.restarts += 1
+        self._leave(list(self._in_use))
         lost, self._jobs = self._jobs, {}
         for waiting in lost.values():
             waiting.set_exception(_DiedError())
         await process.wait()
 
+    def _take(self, answer: jobs.Answer) -> None:
+        if not (isinstance(answer, jobs.Packed) and answer.saving):
+            self._leave([o for o, job in self._in_use.items() if job == answer.job])
+        if waiting := self._jobs.pop(answer.job, None):
+            waiting.set_result(answer)
+
+    def _leave(self, offsets: list[int]) -> None:
+        """The packer uses these no longer."""
+        for offset in offsets:
+            del self._in_use[offset]
+            if offset in self._unwanted:
+                self._unwanted.discard(offset)
+                self._arena.free(offset)
+
 
 def _write(process: Process, job: jobs.Job) -> None:
     assert process.stdin is not None
     if not process.stdin.is_closing():
-        process.stdin.write(jobs.frame(job))
+        process.stdin.write(jobs.encode(job))

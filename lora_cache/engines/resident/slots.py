@@ -1,11 +1,14 @@
-"""Writes an image into a slot, whole: nothing of the slot's former adapter is left."""
+"""Writes an image into a slot, whole: nothing of the slot's former adapter is left.
+
+On a GPU one kernel does it (`scatter`), on a CPU one copy for every tensor.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,20 +17,20 @@ from lora_cache.engines.resident.layout import Contents, Layout, Placed
 _KEPT_PLANS = 64
 
 
-class _Plan:
+class _Copies(NamedTuple):
     """The views that writes of one (slot, contents) fill; made once, as making them takes time."""
 
-    def __init__(
-        self,
-        nbytes: int,
-        empty: list[torch.Tensor],
-        targets: list[torch.Tensor],
-        placed: list[Placed],
-    ) -> None:
-        self.nbytes = nbytes
-        self.empty = empty
-        self.targets = targets
-        self.placed = placed
+    nbytes: int
+    empty: list[torch.Tensor]
+    targets: list[torch.Tensor]
+    placed: list[Placed]
+
+
+class _Table(NamedTuple):
+    """What `Scatter.write` needs for images of one kind."""
+
+    nbytes: int
+    table: torch.Tensor
 
 
 class SlotWriter:
@@ -65,8 +68,13 @@ class SlotWriter:
             self._resets.append(modules[name].reset_lora)
             if reset := getattr(modules[name], "reset_module_to_save", None):
                 self._resets.append(reset)
-        self._plans: OrderedDict[tuple[int, Contents], _Plan] = OrderedDict()
+        self._plans: OrderedDict[Any, _Copies | _Table] = OrderedDict()
         self._lock = threading.Lock()
+        self._scatter: Any = None
+        if self._tensors and self._tensors[0].is_cuda:
+            from lora_cache.engines.resident.scatter import Scatter  # needs Triton
+
+            self._scatter = Scatter(self._tensors)
 
     def write(self, slot: int, image: torch.Tensor, contents: Contents) -> None:
         """Fill a slot from an image.
@@ -87,24 +95,30 @@ class SlotWriter:
             raise ValueError("an image is a flat, contiguous uint8 tensor")
         if contents.rank > self._layout.max_rank:
             raise ValueError(f"an image of rank {contents.rank} does not fit a slot")
-        item_bytes = self._layout.item_bytes
         # vLLM's slot tensors may be inference tensors, which only inference mode may write.
         with torch.inference_mode():
             plan = self._plan(slot, contents)
             if image.numel() < plan.nbytes:
                 raise ValueError(f"an image of {image.numel()} bytes, it should have {plan.nbytes}")
-            numbers = image[: plan.nbytes].view(getattr(torch, self._layout.dtype))
-            first = numbers.storage_offset()
-            sources = [
-                numbers.as_strided(p.shape, (p.shape[1], 1), first + p.offset // item_bytes)
-                for p in plan.placed
-            ]
             for reset in self._resets:
                 reset(slot)
-            if plan.empty:
-                torch._foreach_zero_(plan.empty)
-            if sources:
-                torch._foreach_copy_(plan.targets, sources, non_blocking=True)
+            if isinstance(plan, _Copies):
+                self._copy(plan, image)
+            else:
+                self._scatter.write(slot, image[: plan.nbytes], plan.table)
+
+    def _copy(self, plan: _Copies, image: torch.Tensor) -> None:
+        item_bytes = self._layout.item_bytes
+        numbers = image[: plan.nbytes].view(getattr(torch, self._layout.dtype))
+        first = numbers.storage_offset()
+        sources = [
+            numbers.as_strided(p.shape, (p.shape[1], 1), first + p.offset // item_bytes)
+            for p in plan.placed
+        ]
+        if plan.empty:
+            torch._foreach_zero_(plan.empty)
+        if sources:
+            torch._foreach_copy_(plan.targets, sources)
 
     def clear(self, slot: int) -> None:
         """Fill a slot with zeros: an adapter that changes nothing."""
@@ -112,11 +126,28 @@ class SlotWriter:
         device = self._tensors[0].device if self._tensors else None
         self.write(slot, torch.empty(0, dtype=torch.uint8, device=device), nothing)
 
-    def _plan(self, slot: int, contents: Contents) -> _Plan:
+    def _plan(self, slot: int, contents: Contents) -> _Copies | _Table:
+        key = contents if self._scatter else (slot, contents)
         with self._lock:
-            if plan := self._plans.get((slot, contents)):
-                self._plans.move_to_end((slot, contents))
-                return plan
+            plan = self._plans.get(key)
+            if plan is None:
+                plan = self._table(contents) if self._scatter else self._copies(slot, contents)
+                self._plans[key] = plan
+                if len(self._plans) > _KEPT_PLANS:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(key)
+            return plan
+
+    def _table(self, contents: Contents) -> _Table:
+        from lora_cache.engines.resident.scatter import Place
+
+        places = [
+            Place(p.number, *p.shape, p.offset // self._layout.item_bytes)
+            for p in self._layout.place(contents)
+        ]
+        return _Table(self._layout.nbytes(contents), self._scatter.table(places))
+
+    def _copies(self, slot: int, contents: Contents) -> _Copies:
         empty = dict(enumerate(self._tensors))
         targets, placed = [], []
         for where in self._layout.place(contents):
@@ -130,9 +161,4 @@ class SlotWriter:
         # A tensor that is filled in part is emptied whole: that is one contiguous stretch, which
         # is faster than the two or more that would be left over.
         nbytes = self._layout.nbytes(contents)
-        plan = _Plan(nbytes, [tensor[slot] for tensor in empty.values()], targets, placed)
-        with self._lock:
-            self._plans[slot, contents] = plan
-            while len(self._plans) > _KEPT_PLANS:
-                self._plans.popitem(last=False)
-        return plan
+        return _Copies(nbytes, [tensor[slot] for tensor in empty.values()], targets, placed)

@@ -1,36 +1,27 @@
 """What the manager and the agents in vLLM's workers say to each other, and how.
 
-A Unix stream socket; each message is a frame: four bytes of length, big-endian, then msgpack of
-one tagged struct.  The end of the stream means that the peer is gone.  `encode` and `Frames` do no
-I/O, for an event loop; `Channel` is for a thread.
+A Unix stream socket that carries frames (`framing`); the end of the stream means that the peer is
+gone.  `Channel` is for a thread; an event loop feeds a `Frames` itself.
 """
 
 from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
 
 import msgspec
 
+from lora_cache.engines.resident import framing
+from lora_cache.engines.resident.framing import WireError as WireError
 from lora_cache.engines.resident.layout import Contents
 
 #: Changed whenever a message changes its meaning; both sides refuse another one.
-PROTOCOL = 1
+PROTOCOL = 2
 
 #: Names of LoRARequests that are none: through vLLM's public ``add_lora`` they reach every worker.
 #: The path of the first is the manager's socket.
 ATTACH = "lora_cache:attach"
 DETACH = "lora_cache:detach"
-
-#: No message comes near it: a longer one is not ours.
-MAX_FRAME_BYTES = 16 << 20
-
-_LENGTH_BYTES = 4
-
-
-class WireError(Exception):
-    """The peer speaks another language, or is damaged; the connection is of no more use."""
 
 
 class Welcome(msgspec.Struct, tag=True, frozen=True):
@@ -74,6 +65,25 @@ class Unload(msgspec.Struct, tag=True, frozen=True):
     forget: bool = False  #: what vLLM's loader made of them, too
 
 
+class PageLock(msgspec.Struct, tag=True, frozen=True):
+    """Manager → agent: an image is complete, make it ready for fast copying.
+
+    It stays where it is until `PageUnlock`.  Other operations go on meanwhile.  Answered by Done
+    or Failed.
+    """
+
+    op: int
+    offset: int
+    nbytes: int
+
+
+class PageUnlock(msgspec.Struct, tag=True, frozen=True):
+    """Manager → agent: these images are to go; once it is Done, their bytes are the manager's."""
+
+    op: int
+    offsets: list[int]
+
+
 class Report(msgspec.Struct, tag=True, frozen=True):
     """Manager → agent: what is where?  Answered by `Holding`."""
 
@@ -98,10 +108,13 @@ class Hello(msgspec.Struct, tag=True, frozen=True):
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):
-    """Agent → manager: the operation has happened."""
+    """Agent → manager: the operation has happened.  Times are in seconds."""
 
     op: int
-    seconds: float
+    seconds: float  #: from the command's arrival on
+    waited: float = 0.0  #: for the steps that still read the slot
+    copied: float = 0.0  #: the image across the bus
+    scattered: float = 0.0  #: it into the slot
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -134,53 +147,23 @@ class Displaced(msgspec.Struct, tag=True, frozen=True):
     seconds: float  #: that the step loop stood still for it
 
 
-ToAgent = Welcome | Load | LoadNative | Unload | Report | Bye
+ToAgent = Welcome | Load | LoadNative | Unload | PageLock | PageUnlock | Report | Bye
 ToManager = Hello | Done | Failed | Holding | Displaced
 Message = ToAgent | ToManager
 
-_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
 def encode(message: Message) -> bytes:
     """The frame of a message.  Thread-safe."""
-    body = _encoder.encode(message)
-    if len(body) > MAX_FRAME_BYTES:
-        raise WireError(f"a message of {len(body)} bytes; {MAX_FRAME_BYTES} are allowed")
-    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+    return framing.frame(message)
 
 
-class Frames:
-    """Turns received bytes into messages.  For one thread at a time."""
+class Frames(framing.Frames[Message]):
+    """Turns what one connection brings into messages.  For one thread at a time."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """The messages that `data` completes.
-
-        Raises:
-            WireError: what came is no message.
-        """
-        self._buffer += data
-        while len(self._buffer) >= _LENGTH_BYTES:
-            length = int.from_bytes(self._buffer[:_LENGTH_BYTES], "big")
-            if length > MAX_FRAME_BYTES:
-                raise WireError(f"a frame of {length} bytes; {MAX_FRAME_BYTES} are allowed")
-            end = _LENGTH_BYTES + length
-            if len(self._buffer) < end:
-                return
-            body = bytes(self._buffer[_LENGTH_BYTES:end])
-            del self._buffer[:end]
-            try:
-                yield self._decoder.decode(body)
-            except msgspec.DecodeError as error:
-                raise WireError(f"not one of our messages: {error}") from error
-
-    @property
-    def is_torn(self) -> bool:
-        """Whether the stream may not end here: a frame is incomplete."""
-        return bool(self._buffer)
+        super().__init__(_decoder)
 
 
 class Channel:

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 def parts_of(worker_manager: Any) -> Parts:
     """How the slots of this worker are laid out, and what writes into them."""
-    manager = worker_manager._adapter_manager
+    manager, device = worker_manager._adapter_manager, worker_manager.device
     layout = describe(manager)
 
     def read(lora_id: int, path: str) -> Any:
@@ -58,9 +58,10 @@ def parts_of(worker_manager: Any) -> Parts:
     return Parts(
         SlotWriter(manager, layout),
         msgspec.msgpack.encode(layout),
-        layout.max_nbytes(layout.max_rank),
+        nbytes := layout.max_nbytes(layout.max_rank),
         read,
         partial(write_native, manager),
+        torch.empty(nbytes, dtype=torch.uint8, device=device) if device.type == "cuda" else None,
     )
 
 
@@ -74,6 +75,7 @@ class ResidentLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
         super().__init__(vllm_config, device, *args, **kwargs)
         self._clock = StepClock(_record if device.type == "cuda" else None)
         self._agent: Agent | None = None
+        self._parts: Parts | None = None
         self._dummies: set[int] = set()
         self._foreign: set[int] = set()  # what was loaded on the step loop, and may be removed
         self.unleased = 0
@@ -81,12 +83,25 @@ class ResidentLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
     def watch(self, runner: Any) -> None:
         """Count the steps of the model runner; once, when it loads its model."""
         watch(runner, self._clock)
+        if self.device.type == "cuda":
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Take memory before vLLM sizes its KV cache, and compile before a request waits for it."""
+        try:
+            self._parts = self.parts_of(self)
+            self._parts.writer.clear(0)
+        except Exception:
+            # Nobody may ever attach; who does is told why it fails.
+            logger.exception("the slots of this model are unknown to lora_cache")
+            self._parts = None
 
     @property
     def attached(self) -> Agent | None:
         """The agent in charge.  One that has ended is cleared away first."""
         if self._agent is not None and self._agent.lost:
-            logger.warning("lora_cache is gone: its slots are dropped, vLLM manages them again")
+            if not self._agent.dismissed:
+                logger.warning("lora_cache is gone: its slots are dropped, vLLM manages them again")
             self._give_back()
         return self._agent
 
@@ -97,7 +112,7 @@ class ResidentLoRAManager(LRUCacheWorkerLoRAManager):  # type: ignore[misc]
             raise RuntimeError("this engine already has a manager: close the other one first")
         _check_private(path)
         manager = self._adapter_manager
-        parts = self.parts_of(self)
+        parts = self._parts or self.parts_of(self)
         rank, world_size = compat.tensor_parallel()
         hello = Hello(
             rank=rank,

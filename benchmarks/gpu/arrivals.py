@@ -1,0 +1,318 @@
+"""One adapter arrives: how long does it take, and does anybody else notice?
+
+    python3 -m benchmarks.gpu.arrivals --json OUT          (GPU, shapes of Llama-3.1-8B)
+    python3 -m benchmarks.gpu.arrivals --tiny              (CPU, a minute or two)
+
+First on an idle engine, medians of `--arrivals`: an adapter that was never packed, one that is
+packed on disk (in the page cache), one in host memory; parts of the way as the processes report
+them.  Then beside `--decoding` requests: such adapters, and for comparison one that is in a slot
+already, are asked for one at a time, in random order, and of each arrival the longest gap between
+two tokens of any other request is noted.  Then ten cold ones within one second.  The same for
+plain vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import rig
+from benchmarks.gpu.rig import Answer, Managed, Plain, Row
+
+BUSY = 8  # adapters of the requests that decode
+_WINDOW_S = 0.4  # after an arrival
+
+
+def spread(seconds: list[float]) -> Row:
+    """Milliseconds."""
+    return {
+        "median_ms": round(statistics.median(seconds) * 1e3, 2),
+        "p90_ms": round(rig.quantile(seconds, 0.9) * 1e3, 2),
+        "max_ms": round(max(seconds) * 1e3, 2),
+    }
+
+
+class Way:
+    """How an adapter gets into the state in which it arrives, and into its slot."""
+
+    def __init__(self, server: Any, paths: list[Path]) -> None:
+        self.server, self.paths = server, paths
+
+    async def to_slot(self, adapter: int) -> None: ...
+
+    async def prepare(self, kind: str, adapter: int) -> None: ...
+
+
+class PlainWay(Way):
+    kinds = ("cold", "host", "slot")
+
+    async def to_slot(self, adapter: int) -> None:
+        await self.server.engine.add_lora(self.server.requests[adapter])
+
+    async def prepare(self, kind: str, adapter: int) -> None:
+        """For "host" as many others come after it as there are slots."""
+        if kind == "slot":
+            await self.to_slot(adapter)
+
+
+class ManagedWay(Way):
+    kinds = ("cold", "packed", "host", "slot")
+
+    async def to_slot(self, adapter: int) -> None:
+        async with self.server.cache.lease(self.paths[adapter]):
+            pass
+
+    async def prepare(self, kind: str, adapter: int) -> None:
+        cache, path = self.server.cache, self.paths[adapter]
+        if kind == "cold":
+            return
+        await cache.prefetch(path, tier="host")
+        if kind == "packed":
+            await asyncio.sleep(0.2)  # its image is being written
+            await cache.unload(path)
+        if kind == "slot":
+            await self.to_slot(adapter)
+
+
+class Parts:
+    """What the processes say about the parts of each load."""
+
+    def __init__(self, engine: Any) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        workers, line = engine._workers, engine._line
+        command, pack = workers.command, line.pack
+
+        async def commanded(make: Any) -> Any:
+            name = type(make(0, 0)).__name__
+            began = time.perf_counter()
+            answers = await command(make)
+            took = max((getattr(answer, "seconds", 0.0) for answer in answers), default=0.0)
+            self.note(f"{name}, worker", took)
+            self.note(f"{name}, there and back", time.perf_counter() - began)
+            return answers
+
+        async def packed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            found = await pack(*arguments, **options)
+            self.note("pack, there and back", time.perf_counter() - began)
+            return found
+
+        workers.command, line.pack = commanded, packed
+
+    def note(self, name: str, seconds: float) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
+
+    def take(self) -> Row:
+        found = {name: spread(times) for name, times in sorted(self.seconds.items())}
+        self.seconds.clear()
+        return found
+
+
+class Bench:
+    def __init__(self, options: argparse.Namespace, paths: list[Path]) -> None:
+        self.options, self.paths = options, paths
+        self.rng = random.Random(options.seed)
+        self.fresh: Iterator[int] = iter(range(BUSY, len(paths)))
+        self.rows: list[Row] = []
+
+    def note(self, row: Row) -> None:
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+
+    async def ask(self, server: Any, adapter: int, tokens: int) -> Answer:
+        answer = Answer(adapter, time.perf_counter())
+        words = rig.prompt(self.rng, 64, self.options.tiny)
+        return await rig.ask(server, answer, words, rig.sampling(tokens))
+
+    async def idle(self, way: Any, parts: Parts | None) -> None:
+        """Arrivals at an idle engine."""
+        number = self.options.arrivals
+        adapters = [next(self.fresh) for _ in range(number)]
+
+        async def times(kind: str) -> None:
+            if parts:
+                parts.take()
+            found: list[float] = []
+            for adapter in adapters:
+                began = time.perf_counter()
+                await way.to_slot(adapter)
+                found.append(time.perf_counter() - began)
+            row: Row = {"table": "idle", "server": way.server.name, "from": kind} | spread(found)
+            self.note(row | ({"parts": parts.take()} if parts else {}))
+
+        await times("disk")
+        if parts:
+            await asyncio.sleep(1.0)  # images are being written
+            for adapter in adapters:
+                await way.server.cache.unload(self.paths[adapter])
+            await times("disk, packed")
+        for _ in range(self.options.slots):  # others take all slots
+            await way.to_slot(next(self.fresh))
+        await times("host memory")
+        adapters = adapters[-self.options.slots :]
+        await times("slot")
+
+    async def beside(self, way: Any) -> None:
+        """Arrivals while others decode."""
+        options, server = self.options, way.server
+        for adapter in range(BUSY):
+            await way.to_slot(adapter)
+        kinds = [kind for kind in way.kinds for _ in range(options.arrivals)]
+        self.rng.shuffle(kinds)
+        host = [next(self.fresh) for _ in range(options.slots - BUSY + 4)]
+        prepared: dict[str, list[float]] = {kind: [] for kind in way.kinds}
+        first: dict[str, list[float]] = {kind: [] for kind in way.kinds}
+        running: list[Answer] = []
+
+        async def decode(number: int) -> None:
+            while True:
+                answer = Answer(number % BUSY, time.perf_counter())
+                running.append(answer)
+                words = rig.prompt(self.rng, 64, options.tiny)
+                await rig.ask(server, answer, words, rig.sampling(1500))
+
+        async def settle() -> None:
+            await asyncio.sleep(0.25)
+
+        for adapter in host:
+            await way.to_slot(adapter)
+        tasks = [asyncio.create_task(decode(number)) for number in range(options.decoding)]
+        await asyncio.sleep(3.0)
+        resident = next(self.fresh)
+        try:
+            for turn, kind in enumerate(kinds):
+                if kind == "host":
+                    # Not one of those that came in last.
+                    adapter = host[turn % len(host)]
+                    if isinstance(way, ManagedWay):
+                        await server.cache.unload(self.paths[adapter])
+                        await way.prepare("host", adapter)
+                elif kind == "slot":
+                    adapter = resident
+                    await way.prepare("slot", adapter)
+                    await self.ask(server, adapter, 2)
+                else:
+                    adapter = next(self.fresh)
+                    await way.prepare(kind, adapter)
+                await settle()
+                began = time.perf_counter()
+                answer = await self.ask(server, adapter, 8)
+                await asyncio.sleep(max(0.0, began + _WINDOW_S - time.perf_counter()))
+                prepared[kind].append(self.longest(running, began, time.perf_counter()))
+                first[kind].append(answer.first_token_s)
+            for kind in way.kinds:
+                row = {"table": "beside", "server": server.name, "from": kind}
+                row |= {"longest_gap": spread(prepared[kind]), "first_token": spread(first[kind])}
+                self.note(row)
+            await self.ten(way, running)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def ten(self, way: Any, running: list[Answer]) -> None:
+        """Ten within one second, cold ones and resident ones."""
+        found: dict[str, list[float]] = {}
+        for kind in ("cold", "slot") * 3:
+            adapters = [next(self.fresh) if kind == "cold" else i % BUSY for i in range(10)]
+            await asyncio.sleep(0.5)
+            began = time.perf_counter()
+            asked = []
+            for adapter in adapters:
+                asked.append(asyncio.create_task(self.ask(way.server, adapter, 8)))
+                await asyncio.sleep(0.1)
+            await asyncio.gather(*asked)
+            found.setdefault(kind, []).append(self.longest(running, began, time.perf_counter()))
+        for kind, seconds in found.items():
+            row: Row = {"table": "ten in a second", "server": way.server.name, "from": kind}
+            self.note(row | {"longest_gap": spread(seconds)})
+
+    @staticmethod
+    def longest(running: list[Answer], since: float, until: float) -> float:
+        """The longest gap between tokens of those that were decoding all the time."""
+        found = 0.0
+        for answer in running:
+            tokens = answer.tokens
+            for a, b in pairwise(tokens):
+                if b > since and a < until:
+                    found = max(found, b - a)
+        return found
+
+
+async def measure(options: argparse.Namespace, root: Path, bench: Bench, model: Path) -> None:
+    engine = rig.start_vllm(
+        model,
+        slots=options.slots,
+        host=len(bench.paths),
+        max_num_seqs=64,
+        tiny=options.tiny,
+    )
+    try:
+        for name in options.servers:
+            bench.fresh = iter(range(BUSY, len(bench.paths)))
+            if name == "vllm":
+                plain = Plain(engine, bench.paths)
+                way: Any = PlainWay(plain, bench.paths)
+                parts = None
+            else:
+                plain = Managed(engine, bench.paths, name, policy="lru")  # type: ignore[assignment]
+                await plain.empty()
+                way = ManagedWay(plain, bench.paths)
+                parts = Parts(plain.cache._engine)  # type: ignore[attr-defined]
+            await asyncio.gather(*(bench.ask(plain, i % BUSY, 16) for i in range(options.decoding)))
+            await bench.idle(way, parts)
+            await bench.beside(way)
+            await plain.close()
+    finally:
+        engine.shutdown()
+
+
+def floor(root: Path) -> Any:
+    """One copy from page-locked memory and one scatter, on this GPU, by themselves."""
+    out = root / "floor.json"
+    command = [sys.executable, "-m", "benchmarks.gpu.spike_arena", "--only-scatter", "--json"]
+    subprocess.run([*command, str(out)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads(out.read_text())["scatter"]["rank 16 in 16"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="a tiny model; runs on a CPU")
+    parser.add_argument("--servers", type=lambda t: t.split(","), default="resident,vllm")
+    parser.add_argument("--arrivals", type=int, default=20, help="of each kind")
+    parser.add_argument("--decoding", type=int, default=32)
+    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    number = BUSY + 4 * options.arrivals + 2 * options.slots + 80
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        rig.register_plugin(root)
+        model, paths = rig.write_files(root, number, tiny=options.tiny)
+        bench = Bench(options, paths)
+        raw: Row = {} if options.tiny else {"floor": floor(root)}
+        print(json.dumps(raw), flush=True)
+        try:
+            asyncio.run(measure(options, root, bench, model))
+        finally:
+            if options.json:
+                chosen = {k: v for k, v in vars(options).items() if k != "json"}
+                raw = rig.about() | raw | {"options": chosen, "rows": bench.rows}
+                options.json.write_text(json.dumps(raw, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
