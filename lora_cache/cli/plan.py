@@ -282,6 +282,8 @@ def _print_settings(console: Console, plan: Plan, chosen: Option) -> None:
         ("gpu_memory_utilization", f"{plan.budget.utilization:g}", ""),
         ("disk_bytes", f"{plan.disk_bytes >> 30}GiB", "of AsyncLoraCache"),
     ]
+    if plan.image_bytes:
+        rows.append(("image_bytes", f"{plan.image_bytes >> 30}GiB", "of AsyncLoraCache"))
     console.print(table(("set", "to", ""), rows))
 
 

@@ -36,7 +36,7 @@ class EngineSettings:
         kv_cache_dtype: as for vLLM.
         gpu_memory_utilization: as for vLLM; None: as much as is sensible.
         working_bytes: what the trial run takes, where it is known; None: an estimate.
-        resident: with the resident engine, which keeps room for one adapter beside vLLM's share.
+        resident: with the resident engine, which keeps room for one adapter beside the slots.
     """
 
     max_model_len: int
@@ -67,8 +67,8 @@ class Budget:
         weight_bytes: of the base model.
         working_bytes: what the trial run takes on top; see `EngineSettings`.
         slots: what a slot costs.
+        staging_bytes: room for an adapter on its way into a slot.
         kv_bytes_per_token: in all layers.
-        outside_bytes: what is needed outside vLLM's share.
     """
 
     gpu_bytes: int
@@ -76,8 +76,8 @@ class Budget:
     weight_bytes: int
     working_bytes: int
     slots: SlotCost
+    staging_bytes: int
     kv_bytes_per_token: int
-    outside_bytes: int
 
     @property
     def vllm_bytes(self) -> int:
@@ -86,7 +86,8 @@ class Budget:
 
     def kv_bytes(self, max_loras: int) -> int:
         """What is left for the KV cache, in whole blocks of 16 tokens; 0 if nothing is."""
-        used = self.weight_bytes + self.working_bytes + self.slots.nbytes(max_loras)
+        used = self.weight_bytes + self.working_bytes + self.staging_bytes
+        used += self.slots.nbytes(max_loras)
         block = _BLOCK_TOKENS * self.kv_bytes_per_token
         return max(0, self.vllm_bytes - used) // block * block
 
@@ -106,18 +107,17 @@ def make_budget(
     cost = slot_cost(
         model, slots, batched_tokens=engine.max_num_batched_tokens, seqs=engine.max_num_seqs
     )
-    outside = CONTEXT_BYTES + (cost.bytes_per_slot if engine.resident else 0)
     working = engine.working_bytes
     if working is None:
         working = working_estimate(model, slots.tp, engine)
     return Budget(
         gpu_bytes=gpu_bytes,
-        utilization=engine.gpu_memory_utilization or _utilization(gpu_bytes, outside),
+        utilization=engine.gpu_memory_utilization or _utilization(gpu_bytes),
         weight_bytes=model.weight_bytes(slots.tp),
         working_bytes=working,
         slots=cost,
+        staging_bytes=cost.bytes_per_slot if engine.resident else 0,
         kv_bytes_per_token=model.kv_bytes_per_token(slots.tp, engine.kv_cache_dtype),
-        outside_bytes=outside,
     )
 
 
@@ -135,9 +135,9 @@ def working_estimate(model: Model, tp: int, engine: EngineSettings) -> int:
     return peak + _GRAPHS_BYTES + (_COLLECTIVES_BYTES if tp > 1 else 0)
 
 
-def _utilization(gpu_bytes: int, outside: int) -> float:
-    """As many whole percent as leave `outside` free."""
-    percent = max(0, gpu_bytes - outside) * 100 // gpu_bytes if gpu_bytes > 0 else 0
+def _utilization(gpu_bytes: int) -> float:
+    """As many whole percent as leave room for the CUDA context."""
+    percent = max(0, gpu_bytes - CONTEXT_BYTES) * 100 // gpu_bytes if gpu_bytes > 0 else 0
     if percent < 1:
         raise ConfigError(f"a GPU of {gpu_bytes / GIB:.1f} GiB has no room for vLLM")
     return min(MOST_UTILIZATION, percent / 100)

@@ -70,20 +70,21 @@ def _gpu(plan: Plan) -> Iterator[str]:
         f"vLLM's share = {budget.gpu_bytes:,} × {budget.utilization:g} = "
         f"{budget.vllm_bytes:,} bytes" + (" (given)" if given else "")
     )
-    extra = (
-        f" and {budget.slots.bytes_per_slot:,} for the resident engine" if engine.resident else ""
-    )
-    yield f"  outside it: {CONTEXT_BYTES:,} bytes for the CUDA context{extra}"
+    yield f"  outside it: {CONTEXT_BYTES:,} bytes for the CUDA context"
     how = "given" if engine.working_bytes is not None else "an estimate"
     yield (
         f"  to work: {budget.working_bytes:,} bytes ({how}): a batch of "
         f"{engine.max_num_batched_tokens:,} tokens or {engine.max_num_seqs:,} sequences, and CUDA "
         "graphs"
     )
+    staging = ""
+    if budget.staging_bytes:
+        staging = f" − staging {budget.staging_bytes:,}"
+        yield f"  staging, for an adapter on its way into a slot: {budget.staging_bytes:,} bytes"
     if (chosen := plan.chosen) is not None:
         yield (
             f"  KV cache = {budget.vllm_bytes:,} − weights {budget.weight_bytes:,} − to work "
-            f"{budget.working_bytes:,} − {chosen.max_loras} slots {chosen.slot_bytes:,} = "
+            f"{budget.working_bytes:,} − {chosen.max_loras} slots {chosen.slot_bytes:,}{staging} = "
             f"{chosen.kv_bytes:,} bytes (in blocks of 16 tokens) = {chosen.kv_tokens:,} tokens"
         )
 

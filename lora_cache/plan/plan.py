@@ -61,6 +61,7 @@ class Plan:
         needed_tokens: KV cache that the traffic needs, in tokens.
         host_entries: adapters that host memory shall hold.
         disk_bytes: for the store of adapters.
+        image_bytes: for what the resident engine has packed; 0 with the stock engine.
         options: the numbers of slots that were tried, and `verdicts` on each.
         chosen: one of them; None if not even one slot fits.
         warnings: sentences for a user.
@@ -74,6 +75,7 @@ class Plan:
     needed_tokens: int
     host_entries: int
     disk_bytes: int
+    image_bytes: int
     options: tuple[Option, ...]
     verdicts: tuple[Verdict, ...]
     chosen: Option | None
@@ -127,6 +129,7 @@ class Plan:
             "max_cpu_loras": self.max_cpu_loras,
             "gpu_memory_utilization": budget.utilization,
             "disk_bytes": self.disk_bytes,
+            "image_bytes": self.image_bytes,
             "host_bytes": self.host_entries * self.adapters.host_bytes * slots.tp,
             "bytes_per_slot": budget.slots.bytes_per_slot,
             "fixed_slot_bytes": budget.slots.fixed_bytes,
@@ -134,6 +137,7 @@ class Plan:
             "vllm_bytes": budget.vllm_bytes,
             "weight_bytes": budget.weight_bytes,
             "working_bytes": budget.working_bytes,
+            "staging_bytes": budget.staging_bytes,
             "kv_bytes_per_token": budget.kv_bytes_per_token,
             "kv_bytes": chosen.kv_bytes if chosen else 0,
             "kv_tokens": chosen.kv_tokens if chosen else 0,
@@ -189,7 +193,8 @@ def make_plan(
     options = tuple(_option(budget, row, wishes.engine.max_model_len) for row in rows)
     needed = max(wishes.engine.max_model_len, math.ceil(HEADROOM * traffic.tokens_in_flight))
     chosen, verdicts = choose(options, needed, wishes.engine.max_model_len, wishes.target_wait_s)
-    count = max(adapters.count or 0, traffic.adapters)
+    count = _DISK_HEADROOM * max(adapters.count or 0, traffic.adapters)
+    packed = count * adapters.host_bytes * wishes.slots.tp if wishes.engine.resident else 0
     plan = Plan(
         model=model,
         adapters=adapters,
@@ -198,7 +203,8 @@ def make_plan(
         budget=budget,
         needed_tokens=needed,
         host_entries=host_entries,
-        disk_bytes=_whole_gib(_DISK_HEADROOM * count * adapters.disk_bytes),
+        disk_bytes=_whole_gib(count * adapters.disk_bytes),
+        image_bytes=_whole_gib(packed) if packed else 0,
         options=options,
         verdicts=tuple(verdicts),
         chosen=chosen,

@@ -56,12 +56,17 @@ def test_the_parts_add_up() -> None:
 
 def test_what_is_outside_vllm_s_share_stays_free() -> None:
     for gib in (4, 8, 12, 24, 80):
-        for resident in (False, True):
-            budget = budget_of("llama", gib * GIB, resident=resident)
-            assert gib * GIB - budget.vllm_bytes >= budget.outside_bytes >= CONTEXT_BYTES
+        budget = budget_of("llama", gib * GIB)
+        assert gib * GIB - budget.vllm_bytes >= CONTEXT_BYTES
     assert budget_of("llama", 80 * GIB, gpu_memory_utilization=0.5).utilization == 0.5
     with pytest.raises(ConfigError, match="no room for vLLM"):
         budget_of("llama", GIB // 2)
+
+
+def test_the_resident_engine_keeps_room_for_one_adapter() -> None:
+    stock, resident = (budget_of("Llama-3.1-8B", 80 * GIB, resident=r) for r in (False, True))
+    assert (stock.staging_bytes, resident.staging_bytes) == (0, stock.slots.bytes_per_slot)
+    assert resident.kv_bytes(7) == pytest.approx(stock.kv_bytes(8), abs=3 << 20)
 
 
 def test_what_is_known_replaces_the_estimate() -> None:
@@ -124,12 +129,12 @@ def test_a_budget_is_never_exceeded(
         raise
     assert budget.vllm_bytes <= gpu_bytes * budget.utilization
     if utilization is None:
-        assert budget.vllm_bytes + budget.outside_bytes <= gpu_bytes
+        assert budget.vllm_bytes + CONTEXT_BYTES <= gpu_bytes
     kv = budget.kv_bytes(max_loras)
     assert kv >= 0
     if kv:
         used = budget.weight_bytes + budget.slots.nbytes(max_loras) + kv + budget.working_bytes
-        assert used <= gpu_bytes * budget.utilization
+        assert used + budget.staging_bytes <= gpu_bytes * budget.utilization
     assert budget.kv_bytes(max_loras + 1) <= kv, "another slot never leaves more"
 
 

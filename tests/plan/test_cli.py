@@ -108,6 +108,12 @@ def test_the_arithmetic(model: Path) -> None:
     assert "KV cache per token = 2 (keys, values) × 32 layers × 8 of 8 heads × 128" in result.stdout
 
 
+def test_the_resident_engine_keeps_images_on_disk(model: Path) -> None:
+    result = invoke(model, "--rank", 16, "--engine", "resident", *TRAFFIC)
+    assert any(line.split()[:2] == ["image_bytes", "2GiB"] for line in result.stdout.splitlines())
+    assert "image_bytes" not in invoke(model, "--rank", 16, *TRAFFIC).stdout
+
+
 def test_what_does_not_fit_exits_with_one(model: Path) -> None:
     for extra in ((), ("--json",)):
         result = invoke(model, "--gpu-memory", "16GiB", *TRAFFIC, *extra)

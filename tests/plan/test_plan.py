@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,10 @@ def test_vllm_parses_the_arguments(tmp_path: Path) -> None:
 def test_the_resident_engine_uses_every_place(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, engine={"resident": True})
     assert plan.max_cpu_loras == 40
-    assert plan.budget.outside_bytes > plan.budget.slots.bytes_per_slot
+    assert plan.to_dict()["image_bytes"] == 4 * GIB
+    assert plan_of(tmp_path).to_dict()["image_bytes"] == 0
+    assert plan.budget.staging_bytes == plan.budget.slots.bytes_per_slot
+    assert "staging" in "\n".join(explain(plan))
 
 
 def test_host_memory_limits_what_is_held(tmp_path: Path) -> None:
@@ -275,10 +277,6 @@ def test_a_given_utilization_is_called_given(tmp_path: Path) -> None:
     text = "\n".join(explain(plan))
     assert "(given)" in text
     assert "an estimate" not in text
-    resident = replace(
-        plan, wishes=replace(plan.wishes, engine=replace(plan.wishes.engine, resident=True))
-    )
-    assert "for the resident engine" in "\n".join(explain(resident))
 
 
 def test_tiny_models_have_plans_too(tmp_path: Path) -> None:
