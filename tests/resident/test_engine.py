@@ -141,6 +141,29 @@ def test_a_request_without_a_lease_is_right_counted_and_repaired(
     run(main())
 
 
+def test_loads_go_on_in_the_moment_in_which_a_request_without_a_lease_takes_a_slot(
+    resident_llm: Any, llm: Any, adapters: list[Path]
+) -> None:
+    expected = [stock_answer(llm, path, 62 + number) for number, path in enumerate(adapters[:9])]
+
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            for path in adapters[:3]:
+                await answer(cache, path)
+            raw = request(0, adapters[7], lora_int_id=7)
+            resident_llm.generate([prompt(4)], greedy(12), lora_request=raw, use_tqdm=False)
+            await asyncio.sleep(0.05)  # it has been told, and has not looked yet
+            engine: Any = cache._engine
+            assert (engine.displaced, cache.stats().drift) == (1, 0)
+            assert [await answer(cache, path) for path in adapters[3:7]] == expected[3:7]
+            assert cache.stats().load_failures == 0
+            await asyncio.sleep(0.6)
+            assert [await answer(cache, path) for path in adapters[:9]] == expected
+            assert await cache.reconcile() == 0
+
+    run(main())
+
+
 def test_a_vllm_without_the_switch_is_refused_clearly(
     llm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
