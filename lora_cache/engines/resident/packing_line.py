@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -12,8 +13,11 @@ from pathlib import Path
 
 from lora_cache.engines.resident import jobs
 from lora_cache.engines.resident.arena import Arena
+from lora_cache.engines.resident.framing import WireError
 from lora_cache.engines.resident.layout import Contents, Layout
 from lora_cache.errors import CannotPackError, EngineError, InvalidAdapterError
+
+logger = logging.getLogger(__name__)
 
 _AGAIN = 2  # how often a job is tried whose packer dies under it
 
@@ -157,9 +161,14 @@ class PackingLine:
     async def _read(self, process: Process) -> None:
         assert process.stdout is not None
         frames = jobs.answer_frames()
-        while data := await process.stdout.read(1 << 16):
-            for answer in frames.feed(data):
-                self._take(answer)
+        try:
+            while data := await process.stdout.read(1 << 16):
+                for answer in frames.feed(data):
+                    self._take(answer)
+        except WireError:
+            logger.exception("the packer says what is no answer")
+            process.kill()
+            await process.wait()  # it may still be writing to the arena
         if self._process is process:  # nobody asked it to end
             self._process = None
             self.restarts += 1
