@@ -118,7 +118,9 @@ class AsyncLoraCache:
     async def __aenter__(self) -> AsyncLoraCache:
         await self._driver.open()
         if self.config.publish:
-            self._status = StatusFile(self)
+            from lora_cache.plan.claims import claims_of  # planning is not for everybody
+
+            self._status = StatusFile(self, claims_of(self._engine))
             self._status.start()
         return self
 

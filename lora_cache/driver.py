@@ -320,7 +320,9 @@ class Driver:
             if adapter is not None and not adapter.is_unchanged():
                 # The engine may have read a mixture: it must not answer under this key.
                 await self._engine.apply(Transition(move.op, drop=(adapter.key,)), None)
-                raise TransitionFailedError(changed, demoted=move.demote, dropped=move.drop)
+                raise TransitionFailedError(
+                    changed, demoted=move.demote, dropped=(*move.drop, adapter.key)
+                )
         except TransitionFailedError:
             raise
         except Exception as error:

@@ -26,7 +26,7 @@ from lora_cache.adapter import AdapterRef
 from lora_cache.cache import AsyncLoraCache
 from lora_cache.catalog import AdapterLike, Catalog
 from lora_cache.config import CacheConfig, CacheSettings
-from lora_cache.engines import SWITCH
+from lora_cache.engines import SWITCH, is_switched_on
 from lora_cache.errors import ConfigError, LoraCacheError, RequestRefusedError
 from lora_cache.setup import disk_tier
 from lora_cache.sources import Source, default_sources
@@ -104,7 +104,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         config = CacheConfig.of(cast(CacheSettings, settings))
         if options.setdefault("enable_lora", True) is not True:
             raise ConfigError("enable_lora=False leaves nothing to manage: use vllm.LLM")
-        if config.engine == "resident":
+        if config.engine == "resident" and not is_switched_on():
             os.environ[SWITCH] = "1"  # vLLM's processes look there when they start
         self._runner = asyncio.Runner()
         weakref.finalize(self, self._runner.close)

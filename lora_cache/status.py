@@ -13,6 +13,7 @@ import os
 import re
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from lora_cache._version import __version__
 
 if TYPE_CHECKING:
     from lora_cache.cache import AsyncLoraCache
+    from lora_cache.plan.claims import Claims
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,16 @@ class StatusFile:
 
     A disk that is full or read-only must not disturb serving: the first failure is logged, and
     ends it.
+
+    Args:
+        claims: what the engine holds in GPU memory, by its configuration; None if it has none.
     """
 
-    def __init__(self, cache: AsyncLoraCache, *, period_s: float = 1.0) -> None:
+    def __init__(
+        self, cache: AsyncLoraCache, claims: Claims | None = None, *, period_s: float = 1.0
+    ) -> None:
         self._cache = cache
+        self._claims = None if claims is None else asdict(claims)
         self._period_s = period_s
         self._pid = os.getpid()
         self._started_at = time.time()
@@ -99,6 +107,7 @@ class StatusFile:
             "updated_at": time.time(),
             "version": __version__,
             "engine": snapshot["engine"],
+            "claims": self._claims,
             "stats": stats,
             "snapshot": snapshot,
         }

@@ -5,7 +5,12 @@ import tempfile
 
 import pytest
 
-pytest_plugins = ["tests.real.engines", "tests.resident.engines", "tests.hub.fixtures"]
+pytest_plugins = [
+    "tests.real.engines",
+    "tests.resident.engines",
+    "tests.hub.fixtures",
+    "tests.plan.allocated",
+]
 
 # Caches that tests open are no business of `lora-cache status`.
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lora_cache import AdapterRef, read_manifest
+from lora_cache import AdapterRef, AsyncLoraCache, read_manifest
 from lora_cache.catalog import Catalog
 from lora_cache.errors import (
     AdapterChangedError,
@@ -22,6 +22,7 @@ from lora_cache.errors import (
 )
 from lora_cache.sources import LocalSource, local
 from lora_cache.store import DiskTier
+from lora_cache.testing import FakeEngine, ManualClock, settle
 from tests.real.parts import write_adapter
 
 
@@ -68,6 +69,26 @@ def test_manifest_and_digest_are_of_one_content(
     monkeypatch.setattr(local, "read_manifest", read_then_rewrite)
     with pytest.raises(AdapterChangedError, match="try again"):
         LocalSource().resolve(AdapterRef.local(path))
+
+
+def test_what_changes_on_its_way_from_host_memory_into_a_slot_leaves_both(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "a", seed=1)
+
+    async def main() -> None:
+        clock = ManualClock()
+        engine = FakeEngine(activate_s=1.0, clock=clock)
+        async with AsyncLoraCache(engine, clock=clock, publish=False) as cache:
+            assert await cache.prefetch(path) == "host"
+            asked = asyncio.ensure_future(cache.lease(path).__aenter__())
+            await settle()
+            write_adapter(path, seed=2)
+            await clock.advance(1.0)
+            with pytest.raises(AdapterChangedError, match="try again"):
+                await asked
+            assert (await engine.holdings()).host == frozenset()
+            assert await cache.reconcile() == 0
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("text", ["org/name\n", "org/name@main\n", "/tmp/\ud800", "a\x00b"])

@@ -20,6 +20,8 @@ NEEDS_VLLM = re.compile(r"^(from vllm|llm = LLM| *await|async (with|for))", re.M
 PACKAGES = [
     "lora_cache",
     "lora_cache.engines",
+    "lora_cache.memory",
+    "lora_cache.plan",
     "lora_cache.policies",
     "lora_cache.sources",
     "lora_cache.store",

@@ -86,36 +86,16 @@ class ManagedWay(Way):
 
 
 class Parts:
-    """What the processes say about the parts of each load."""
+    """Where the time of loads went, as the engine says."""
+
+    NAMES = ("examined", "packed", "locked", "commanded", "waited", "copied", "scattered")
 
     def __init__(self, engine: Any) -> None:
-        self.seconds: dict[str, list[float]] = {}
-        workers, line = engine._workers, engine._line
-        command, pack = workers.command, line.pack
-
-        async def commanded(make: Any) -> Any:
-            name = type(make(0, 0)).__name__
-            began = time.perf_counter()
-            answers = await command(make)
-            took = max((getattr(answer, "seconds", 0.0) for answer in answers), default=0.0)
-            self.note(f"{name}, worker", took)
-            self.note(f"{name}, there and back", time.perf_counter() - began)
-            return answers
-
-        async def packed(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            found = await pack(*arguments, **options)
-            self.note("pack, there and back", time.perf_counter() - began)
-            return found
-
-        workers.command, line.pack = commanded, packed
-
-    def note(self, name: str, seconds: float) -> None:
-        self.seconds.setdefault(name, []).append(seconds)
+        self.times = engine.load_times
 
     def take(self) -> Row:
-        found = {name: spread(times) for name, times in sorted(self.seconds.items())}
-        self.seconds.clear()
+        found = {name: spread([getattr(t, name) for t in self.times]) for name in self.NAMES}
+        self.times.clear()
         return found
 
 
@@ -142,14 +122,14 @@ class Bench:
 
         async def times(kind: str) -> None:
             if parts:
-                parts.take()
+                parts.times.clear()
             found: list[float] = []
             for adapter in adapters:
                 began = time.perf_counter()
                 await way.to_slot(adapter)
                 found.append(time.perf_counter() - began)
             row: Row = {"table": "idle", "server": way.server.name, "from": kind} | spread(found)
-            self.note(row | ({"parts": parts.take()} if parts else {}))
+            self.note(row | ({"parts": parts.take()} if parts and parts.times else {}))
 
         await times("disk")
         if parts:

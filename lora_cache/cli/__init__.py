@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_cache._version import __version__
-from lora_cache.cli import demo, ls, prune, pull, simulate, status, verify
+from lora_cache.cli import demo, ls, plan, prune, pull, simulate, status, verify
 from lora_cache.cli.output import Commands
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command()(ls.ls)
 app.command()(verify.verify)
 app.command()(prune.prune)
 app.command()(simulate.simulate)
+app.command()(plan.plan)
 app.command()(status.status)
 
 

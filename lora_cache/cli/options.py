@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from lora_cache.errors import ConfigError
 from lora_cache.paths import cache_home
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -32,6 +33,18 @@ def parse_duration(text: str) -> float:
     if found is None:
         raise typer.BadParameter(f"{text!r} is no duration: write 30d, 12h, 90m, or 2w")
     return float(found["count"]) * _SECONDS[found["unit"]]
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """``"4,8,16"`` → numbers.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: give numbers, like 4,8,16") from None
 
 
 StoreOption = Annotated[

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -45,6 +46,17 @@ def make_progress(*columns: Any) -> Any:
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on stderr, for people, that goes when the work is done; told how much has been done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with make_progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task(title[-40:], total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def print_failures(console: Console, failures: Iterable[tuple[str, str]]) -> None:
     """Print a line for each: what it concerns, and what is wrong."""
     for name, error in failures:
@@ -52,9 +64,9 @@ def print_failures(console: Console, failures: Iterable[tuple[str, str]]) -> Non
         console.print(line.append(one_line(error), style="not bold"))
 
 
-def plural(number: int, noun: str) -> str:
+def plural(number: int, noun: str, nouns: str | None = None) -> str:
     """``2, "adapter"`` → ``2 adapters``."""
-    return f"{number} {noun}" + ("" if number == 1 else "s")
+    return f"{number} {noun if number == 1 else nouns or noun + 's'}"
 
 
 def print_json(value: Any) -> None:

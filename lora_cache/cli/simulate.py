@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_cache.cli.output import human_bytes, make_console, one_line, print_json, table
+from lora_cache.cli.options import parse_numbers
+from lora_cache.cli.output import (
+    counting,
+    human_bytes,
+    make_console,
+    one_line,
+    print_json,
+    table,
+)
 
 if TYPE_CHECKING:
     from lora_cache.sim import Row, Setup, Trace
-    from lora_cache.sim.simulate import Progress
 
 _TRACES = "CSV or JSONL files (also .gz), or traffic like zipf:adapters=1000,skew=1.0."
 
@@ -79,7 +83,7 @@ def simulate(
     from lora_cache.spec import split_specs
 
     setup = _setup(host, hold, adapter_bytes, belady=belady)
-    slots = _numbers(gpu_slots)
+    slots = parse_numbers("--gpu-slots", gpu_slots)
     policies = [name for given in policy or () for name in split_specs(given)]
     opened = [open_trace(text, seed) for text in traces]
     if plot or timeline:
@@ -89,7 +93,7 @@ def simulate(
             check_path(path)
     rows: list[Row] = []
     for trace in opened:
-        with _progress(trace.name) as progress:
+        with counting(trace.name) as progress:
             rows += run(trace, policies, slots, setup, progress)
     if as_json:
         print_json([row.to_dict() for row in rows])
@@ -133,37 +137,6 @@ def _bytes(option: str, text: str) -> int:
     if number < 1:
         raise ConfigError(f"{option} {text}: give bytes, like 20GiB")
     return number
-
-
-def _numbers(text: str) -> list[int]:
-    from lora_cache.errors import ConfigError
-
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--gpu-slots {text}: give numbers, like 4,8,16") from None
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Progress]:
-    """A bar on stderr, for people, that goes when the work is done."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True, markup=False)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task(title[-40:], total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _draw_timeline(trace: Trace, row: Row, setup: Setup, path: Path) -> None:

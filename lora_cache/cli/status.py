@@ -25,10 +25,19 @@ _COLUMNS = ("tier", ">slot", "adapter", ">rank", "state", ">leases", ">waiting",
 
 
 def status(
+    memory: Annotated[
+        bool,
+        typer.Option("--memory", help="What each holds, against what the system reports."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")] = False,
 ) -> None:
     """Show every cache that runs on this machine: slots, host memory, counts."""
     caches = read_status()
+    if memory and caches:
+        from lora_cache.cli.memory import account, read_gpus
+
+        gpus = read_gpus()
+        caches = [cache | {"memory": account(cache, gpus)} for cache in caches]
     if as_json:
         print_json(caches)
     elif caches:
@@ -53,6 +62,7 @@ def _show(cache: dict[str, Any]) -> RenderableType:
         resident if snapshot["adapters"] else Text("nothing is resident yet"),
         *_lines(cache),
         *_evictions(snapshot, aged),
+        *_memory(cache),
     )
     return Group(title, Padding(Group(*body), (0, 0, 0, 2), expand=False))
 
@@ -69,6 +79,14 @@ def _row(adapter: dict[str, Any], aged: float) -> tuple[str, ...]:
         adapter["pinned"] or "",
         human_seconds(adapter["since_s"] + aged) if adapter["gpu"] or adapter["host"] else "",
     )
+
+
+def _memory(cache: dict[str, Any]) -> list[Text]:
+    if "memory" not in cache:
+        return []
+    from lora_cache.cli.memory import show
+
+    return list(show(cache["memory"]))
 
 
 def _evictions(snapshot: dict[str, Any], aged: float) -> list[Text]:

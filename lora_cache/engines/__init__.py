@@ -11,8 +11,15 @@ from lora_cache.engines.base import Capabilities, Engine, TransitionFailedError
 __all__ = ["Capabilities", "Engine", "TransitionFailedError", "make_engine"]
 
 
-#: Set to 1 before vLLM starts, it lets its workers be taken over by the resident engine.
+#: Set to 1 before vLLM starts, it lets its workers be taken over by the resident engine; set to
+#: `FORCE`, even those of a vLLM that the resident engine was never run with.
 SWITCH = "LORA_CACHE_RESIDENT"
+FORCE = "force"
+
+
+def is_switched_on() -> bool:
+    """Whether the environment asks for the resident engine."""
+    return os.environ.get(SWITCH) in ("1", FORCE)
 
 
 def make_engine(
@@ -36,7 +43,7 @@ def make_engine(
     if hasattr(target, "apply") and hasattr(target, "holdings"):
         engine: Engine = target
         return engine
-    if kind == "resident" or (kind == "auto" and os.environ.get(SWITCH) == "1"):
+    if kind == "resident" or (kind == "auto" and is_switched_on()):
         from lora_cache.engines.resident.engine import ResidentEngine
 
         return ResidentEngine(target, host_bytes, image_dir, image_bytes)

@@ -52,7 +52,7 @@ class TransitionFailedError(Exception):
     Attributes:
         error: what callers are told.
         demoted: victims that lost their slots.
-        dropped: victims that left host memory.
+        dropped: victims that left host memory; the newcomer, if it was there and is no more.
     """
 
     def __init__(

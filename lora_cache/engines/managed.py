@@ -46,6 +46,11 @@ class ManagedVllm:
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
+    @property
+    def vllm_config(self) -> Any:
+        """What vLLM was started with."""
+        return self._client.vllm_config
+
     def handle(self, key: AdapterKey) -> Any:
         return self._requests[key]
 

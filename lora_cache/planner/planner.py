@@ -204,7 +204,8 @@ class Planner:
 
         Args:
             demoted: victims that lost their slot all the same; the state rolls forward to that.
-            dropped: victims that left host memory (and slots) all the same.
+            dropped: victims that left host memory (and slots) all the same; the newcomer, too, if
+                it was in host memory and is no more.
         """
         flight = self._flights.pop(op)
         move = flight.move

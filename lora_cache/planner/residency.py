@@ -241,6 +241,8 @@ class Residency:
         """The transition failed, but for what is `gone` from slots and `dropped` from host."""
         self.gpu.abort(op, gone | dropped, now)
         self.host.abort(op, dropped, now)
+        for key in dropped & self.host.copies.keys():  # of the newcomer, if it was there before
+            self.host.lose(key, now)
 
 
 def _choices(

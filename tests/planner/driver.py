@@ -72,9 +72,12 @@ class Driver:
         self.take(self.planner.completed(move.op, 0.1, self.now))
         return move
 
-    def fail(self, op: int | None = None, message: str = "no") -> Transition:
+    def fail(self, op: int | None = None, message: str = "no", *, lost: bool = False) -> Transition:
+        """`lost`: the newcomer has left host memory, if it was there."""
         move = self.flights.pop(min(self.flights) if op is None else op)
-        self.take(self.planner.failed(move.op, LoadFailedError(message), self.now))
+        dropped = [move.load] if lost and move.load else []
+        error = LoadFailedError(message)
+        self.take(self.planner.failed(move.op, error, self.now, dropped=dropped))
         return move
 
     def lease(self, number: int) -> int:

@@ -84,7 +84,11 @@ class PlannerMachine(RuleBasedStateMachine):
         residency = self.driver.planner.residency
         before = {copy.key for copy in residency.host if copy.state is not CopyState.LOADING}
         slots = {copy.key for copy in residency.gpu if copy.state is not CopyState.LOADING}
-        self.driver.fail(op)
+        lost = data.draw(st.booleans())
+        move = self.driver.fail(op, lost=lost)
+        if lost and move.load in before:
+            before.remove(move.load)
+            assert move.load not in residency.host
         assert before <= {copy.key for copy in residency.host}, "invariant 5"
         assert slots <= {copy.key for copy in residency.gpu}, "invariant 5"
 

@@ -113,6 +113,19 @@ def test_a_failure_that_took_a_victim_rolls_forward() -> None:
     assert driver.host() == {"a1"}
 
 
+def test_a_newcomer_that_left_host_memory_as_it_failed_is_loaded_anew() -> None:
+    driver = Driver(Limits(1, 2, retry_s=1.0))
+    driver.acquire(0, Want.STAGE)
+    driver.complete()
+    driver.acquire(0)
+    driver.fail(lost=True)
+    assert key_of(0) not in driver.planner.residency.host
+    driver.now = 2.0
+    driver.acquire(0)
+    driver.complete()
+    assert driver.planner.counters.disk_hits == 1
+
+
 def test_a_cancelled_wait_does_not_stop_the_load() -> None:
     driver = Driver(Limits(1, 2))
     ticket = driver.acquire(1)

@@ -95,7 +95,7 @@ def test_what_the_packer_does_not_know_takes_the_slow_path(
                 async with cache.lease(odd) as lease:
                     (slot,) = [s for s, key in engine.slots().items() if key == lease.key]
                     assert all(map(torch.equal, in_slot(resident_llm, slot), expected))
-                    assert engine._images[lease.key].offsets == []
+                    assert engine._images._images[lease.key].offsets == []
                 for path in adapters[:3]:
                     await answer(cache, path)
             stats = cache.stats()
@@ -162,11 +162,18 @@ def test_a_second_cache_reads_what_the_first_one_packed(
     run(main())
 
 
-def test_a_vllm_without_the_switch_is_refused_clearly(llm: Any) -> None:
+def test_a_vllm_without_the_switch_is_refused_clearly(
+    llm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
         with pytest.raises(ConfigError, match="LORA_CACHE_RESIDENT=1"):
             await ResidentEngine(llm).attach()
         with pytest.raises(ConfigError, match="LORA_CACHE_RESIDENT=1"):  # and not: has a manager
+            await ResidentEngine(llm).attach()
+        monkeypatch.setattr("vllm.version.__version__", "0.33.0")
+        with pytest.raises(
+            ConfigError, match=r"run with 0\.26 and 0\.32.*LORA_CACHE_RESIDENT=force"
+        ):
             await ResidentEngine(llm).attach()
 
     run(main())

@@ -128,9 +128,14 @@ asyncio.run(main())
 
 
 def test_a_killed_user_leaves_nothing(
-    tiny_model: Path, adapters: list[Path], resident_async_llm: tuple[Any, asyncio.Runner]
+    tiny_model: Path,
+    adapters: list[Path],
+    resident_async_llm: tuple[Any, asyncio.Runner],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    environment = {**os.environ, "LORA_CACHE_RESIDENT": "1"}
+    # Of its own, lest the start of another test's cache sweep it; short, as paths of sockets are.
+    monkeypatch.setattr(tempfile, "tempdir", tempfile.mkdtemp(prefix="lc-"))
+    environment = {**os.environ, "LORA_CACHE_RESIDENT": "1", "TMPDIR": tempfile.gettempdir()}
     command = [sys.executable, "-c", USER, str(tiny_model), str(adapters[0])]
     user = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[2]

@@ -168,6 +168,20 @@ def test_a_mixture_s_experts_are_marked_slow(rig: Callable[..., Any]) -> None:
 
 
 @pytest.mark.vllm
+def test_where_a_module_has_two_names_nothing_is_packed(
+    rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From vLLM 0.33 on, adapters of the bare language model fit multimodal models, too."""
+    from lora_cache.engines.resident.describe import describe
+
+    manager = rig("llama").manager
+    monkeypatch.setattr(manager, "supports_mm", True)
+    assert describe(manager).refusal is None, "0.32 knows but one"
+    monkeypatch.setattr(type(manager), "_get_text_lora_names", lambda *_: [], raising=False)
+    assert "in another way" in str(describe(manager).refusal)
+
+
+@pytest.mark.vllm
 def test_describing_leaves_the_slots_alone(rig: Callable[..., Any]) -> None:
     from lora_cache.engines.resident.describe import describe
     from tests.resident.parts import differing, slot_of, soil

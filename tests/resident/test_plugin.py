@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from lora_cache.engines import SWITCH
+from lora_cache.engines import FORCE, SWITCH, is_switched_on
 from lora_cache.engines.resident import compat, plugin
 
 pytestmark = pytest.mark.vllm
@@ -69,17 +69,55 @@ def test_takes_over_once_before_or_after_the_import(first: str) -> None:
     assert in_a_process("1", first) == ["ResidentLoRAManager", "True", "False", "0"]
 
 
-@pytest.mark.parametrize("version", ["0.25.2", "0.34.0", "1.0.0", "0.3.1.dev0"])
-def test_an_unknown_version_stays_stock(
+@pytest.fixture
+def not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process: the module that is taken over was not imported yet."""
+    monkeypatch.delitem(sys.modules, compat.MIXIN_MODULE, raising=False)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+
+
+NEVER_RUN = ["0.25.2", "0.27.0", "0.31.1", "0.33.0", "0.34.0", "1.0.0", "0.3.1.dev0"]
+
+
+@pytest.mark.usefixtures("not_imported")
+@pytest.mark.parametrize("version", NEVER_RUN)
+def test_a_version_that_was_never_run_stays_stock_unless_forced(
     version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(SWITCH, "1")
     monkeypatch.setattr("vllm.version.__version__", version)
     before = list(sys.meta_path)
+    monkeypatch.setenv(SWITCH, "1")
     plugin.register()
     assert sys.meta_path == before
     (record,) = caplog.records
-    assert f"stays off: vLLM {version} is installed, and 0.26 to 0.33" in record.getMessage()
+    assert (
+        f"stays off: vLLM {version} is installed, and the resident engine was run with 0.26 "
+        in (message := record.getMessage())
+    )
+    assert f"{SWITCH}={FORCE}" in message
+
+    caplog.clear()
+    monkeypatch.setenv(SWITCH, FORCE)
+    plugin.register()
+    plugin.register()
+    assert len(sys.meta_path) == len(before) + 1
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert "on by force" in caplog.text
+
+
+@pytest.mark.usefixtures("not_imported")
+@pytest.mark.parametrize("version", ["0.26.0", "0.26.1.dev3", "0.32.0", "0.32.1+cpu"])
+@pytest.mark.parametrize("switch", ["1", FORCE])
+def test_a_version_that_was_run_is_switched_on(
+    version: str, switch: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.version.__version__", version)
+    monkeypatch.setenv(SWITCH, switch)
+    before = len(sys.meta_path)
+    plugin.register()
+    assert len(sys.meta_path) == before + 1
+    assert caplog.records == []
+    assert is_switched_on()
 
 
 def test_a_vllm_that_lacks_what_we_need_stays_stock(caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +135,7 @@ def test_a_vllm_that_lacks_what_we_need_stays_stock(caplog: pytest.LogCaptureFix
 
 
 def test_the_installed_vllm_has_what_we_need() -> None:
-    assert compat.unknown_version() is None
+    assert compat.never_run() is None
     assert compat.missing_names(import_module(compat.MIXIN_MODULE)) == []
 
 

@@ -238,22 +238,6 @@ def test_an_image_that_is_none_is_refused(ours: Any, manager: ScriptedManager) -
     assert manager.holding() == [FIRST_ID, 0, 0]
 
 
-def test_dummy_batches_leave_the_slots_alone(
-    ours: Any, llm: Any, manager: ScriptedManager, loras: list[Any], stock: Any
-) -> None:
-    """Idle data-parallel ranks run them; stock vLLM loses every adapter, pinned ones too."""
-    for slot in range(SLOTS):
-        manager.load(FIRST_ID + slot, slot)
-    llm.llm_engine.add_lora(loras[0])
-    for engine in (ours, llm):
-        runner_of(engine)._dummy_run(4, uniform_decode=True, num_active_loras=SLOTS)
-    assert llm.llm_engine.list_loras() == set()
-    assert manager.holding() == ids(0, 1, 2)
-    assert ours.llm_engine.list_loras() == set(ids(0, 1, 2))
-    assert tokens(ours, loras[:3]) == stock([0, 1, 2])
-    assert unleased(ours) == 0
-
-
 def test_dropping_all_adapters_is_done_and_reported(
     ours: Any, manager: ScriptedManager, loras: list[Any], stock: Any
 ) -> None:

@@ -1,4 +1,4 @@
-"""All that depends on vLLM's version: which are known, which of its names we need.
+"""All that depends on vLLM's version: which were run, which of its names we need.
 
 Importing this module imports neither vLLM nor torch.
 """
@@ -17,8 +17,9 @@ logger = logging.getLogger(__name__)
 
 MIXIN_MODULE = "vllm.v1.worker.lora_model_runner_mixin"
 
-#: Minor versions of vLLM 0.x whose source was read.
-KNOWN_MINORS = range(26, 34)
+#: Minor versions of vLLM 0.x with which the resident engine was run: 0.26 on a GPU, 0.32 on CPUs.
+#: The source of 0.33 was read, too, but what was only read stays off unless it is forced on.
+RUN_MINORS = (26, 32)
 
 _WORKER_NAMES = (
     "_apply_adapters",
@@ -31,17 +32,24 @@ _WORKER_NAMES = (
     "remove_all_adapters",
     "set_active_adapters",
 )
-_MANAGER_NAMES = ("_add_adapter", "activate_adapter", "remove_adapter", "set_adapter_mapping")
+_MANAGER_NAMES = (
+    "_add_adapter",
+    "_create_merged_loras_inplace",
+    "activate_adapter",
+    "lora_slots",
+    "remove_adapter",
+    "set_adapter_mapping",
+)
 
 
-def unknown_version() -> str | None:
-    """Why this vLLM is not one that we know; none if it is."""
+def never_run() -> str | None:
+    """Why nobody knows whether the resident engine works with this vLLM; none if it does."""
     version = str(importlib.import_module("vllm.version").__version__)
     found = re.match(r"0\.(\d+)\.", version)
-    if found and int(found[1]) in KNOWN_MINORS:
+    if found and int(found[1]) in RUN_MINORS:
         return None
-    first, last = KNOWN_MINORS[0], KNOWN_MINORS[-1]
-    return f"vLLM {version} is installed, and 0.{first} to 0.{last} are known"
+    run = " and ".join(f"0.{minor}" for minor in RUN_MINORS)
+    return f"vLLM {version} is installed, and the resident engine was run with {run} only"
 
 
 def missing_names(mixin: ModuleType) -> list[str]:

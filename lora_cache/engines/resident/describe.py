@@ -30,6 +30,11 @@ def describe(adapter_manager: Any) -> Layout:
         refusal = f"slots of {dtype}"
     if getattr(adapter_manager, "is_pooling_model", False):
         refusal = "pooling models name their modules in two ways"
+    if getattr(adapter_manager, "supports_mm", False) and hasattr(
+        adapter_manager,
+        "_get_text_lora_names",  # since 0.33
+    ):
+        refusal = "adapters of the bare language model name its modules in another way"
     sources: list[str] = []
     pieces: list[Piece] = []
     slow: list[str] = []

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Sequence
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from lora_cache.adapter import Adapter, AdapterKey
-from lora_cache.engines import SWITCH
+from lora_cache.engines import FORCE, SWITCH
 from lora_cache.engines.base import Capabilities, TransitionFailedError
 from lora_cache.engines.managed import FOREIGN, ManagedVllm
-from lora_cache.engines.resident import jobs, wire
+from lora_cache.engines.resident import compat, wire
 from lora_cache.engines.resident.arena import Arena, ArenaFullError
-from lora_cache.engines.resident.layout import Contents, Layout
+from lora_cache.engines.resident.host_images import HostImages, Image, LoadTimes
+from lora_cache.engines.resident.layout import Layout
 from lora_cache.engines.resident.packing_line import PackingLine
 from lora_cache.engines.resident.workers import WorkerError, WorkerLostError, Workers
 from lora_cache.engines.widths import widths_of
 from lora_cache.errors import (
-    CannotPackError,
     ConfigError,
     EngineDeadError,
     EngineError,
@@ -45,18 +46,7 @@ _HELLO_S = 60.0
 _IMAGE_BYTES = 2
 #: Images beyond the budget: a newcomer is packed before its victim leaves.
 _SLACK_IMAGES = 4
-
-
-@dataclass(frozen=True)
-class _Image:
-    """A packed adapter in the arena, one stretch a worker.
-
-    None at all for an adapter that only vLLM's loader knows: the workers keep what that made.
-    """
-
-    contents: list[Contents] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    nbytes: list[int] = field(default_factory=list)
+_KEPT_TIMES = 1000
 
 
 class ResidentEngine(ManagedVllm):
@@ -71,8 +61,9 @@ class ResidentEngine(ManagedVllm):
         image_bytes: what they may take there together; 0: none are kept.
 
     Attributes:
-        displaced: how often a worker had to bring in an adapter by itself, because a request ran
-            that no lease had announced.
+        displaced: how often a slot changed without our word: a request ran that no lease had
+            announced, somebody else called vLLM, or vLLM dropped its adapters.
+        load_times: where the time of the last loads went, the latest last.
 
     Raises:
         ConfigError: LoRA is off, or the topology is one that cannot be managed.
@@ -93,11 +84,12 @@ class ResidentEngine(ManagedVllm):
         self._workers = Workers(self._on_displaced, self._on_lost)
         self._arena: Arena | None = None
         self._line: PackingLine | None = None
-        self._images: dict[AdapterKey, _Image] = {}
+        self._images: HostImages | None = None
         self._slots: dict[int, AdapterKey] = {}
         self._reserved: set[int] = set()  # slots that a transition in flight writes
         self._lost = False
         self.displaced = 0
+        self.load_times: deque[LoadTimes] = deque(maxlen=_KEPT_TIMES)
         self._drifted: Callable[[], None] = lambda: None
 
     # ------------------------------------------------------------------ attach, detach
@@ -121,9 +113,12 @@ class ResidentEngine(ManagedVllm):
         except Exception as error:  # stock vLLM looks for an adapter there
             if self._client.is_dead:
                 raise self._map(error, "vLLM did not answer") from error
+            never_run = compat.never_run()
+            value = FORCE if never_run else "1"
+            why = f"{error}; {never_run}" if never_run else error
             raise ConfigError(
-                f"this vLLM does not let the resident engine in ({error}): start it with "
-                f"{SWITCH}=1 in its environment, or use the stock engine"
+                f"this vLLM does not let the resident engine in ({why}): start it with "
+                f"{SWITCH}={value} in its environment, or use the stock engine"
             ) from error
         try:
             await self._workers.gather(_HELLO_S)
@@ -135,6 +130,7 @@ class ResidentEngine(ManagedVllm):
         self._arena = Arena(self._arena_bytes(layouts))
         self._line = PackingLine(self._arena, layouts, self._image_dir, self._image_bytes)
         await self._line.start()
+        self._images = HostImages(self._workers, self._arena, self._line)
         self._workers.tell(wire.Welcome(self._arena.path, self._arena.nbytes))
 
     def _arena_bytes(self, layouts: list[Layout]) -> int:
@@ -165,7 +161,7 @@ class ResidentEngine(ManagedVllm):
         if self._arena is not None:
             self._arena.close()
             self._arena = None
-        self._images.clear()
+        self._images = None
         self._slots.clear()
         self._reserved.clear()
 
@@ -178,7 +174,8 @@ class ResidentEngine(ManagedVllm):
                 await self._bring_in(move, adapter, demoted)
             leaving = [key for key in (*move.demote, *move.drop) if key not in demoted]
             await self._empty(leaving)
-            await self._forget(move.drop)
+            if self._images is not None:
+                await self._images.drop(move.drop)
         except TransitionFailedError:
             raise
         except WorkerError as error:
@@ -189,9 +186,16 @@ class ResidentEngine(ManagedVllm):
     async def _bring_in(
         self, move: Transition, adapter: Adapter, demoted: list[AdapterKey]
     ) -> None:
+        if self._images is None:
+            raise TransitionFailedError(
+                EngineDeadError("the engine is gone; build a new engine and cache")
+            )
         fresh = adapter.key not in self._images
+        lora_id = self._request_for(adapter).lora_int_id
+        times = LoadTimes(adapter.key)
         try:
-            image = await self._stage(adapter, urgent=move.to is Tier.GPU)
+            urgent = move.to is Tier.GPU
+            image = await self._images.stage(adapter, lora_id, urgent, times)
         except (LoraCacheError, ArenaFullError, WorkerError) as error:
             raise TransitionFailedError(
                 self._error(error, f"{adapter.key} could not be brought in", adapter.key)
@@ -200,13 +204,13 @@ class ResidentEngine(ManagedVllm):
             return
         slot, victim = self._place(move)
         try:
-            await self._activate(adapter, image, slot, victim)
+            await self._activate(adapter, image, slot, victim, times)
         except WorkerError as error:
             if victim is not None:
                 demoted.append(victim)
             await self._give_up(slot, adapter.key, victim)
             if fresh:
-                await self._forget([adapter.key])
+                await self._images.drop([adapter.key])
             raise TransitionFailedError(
                 self._error(error, f"vLLM could not load {adapter.key}", adapter.key),
                 demoted=demoted,
@@ -214,73 +218,34 @@ class ResidentEngine(ManagedVllm):
         finally:
             self._reserved.discard(slot)
         self._slots[slot] = adapter.key
+        self.load_times.append(times)
         if victim is not None:
             demoted.append(victim)
 
     async def _activate(
-        self, adapter: Adapter, image: _Image, slot: int, victim: AdapterKey | None
+        self,
+        adapter: Adapter,
+        image: Image,
+        slot: int,
+        victim: AdapterKey | None,
+        times: LoadTimes,
     ) -> None:
         """Have every worker write the adapter into `slot`, and publish it."""
-        lora_id = self._id_of(adapter.key)
         displaces = 0 if victim is None else self._id_of(victim)
 
         def load(op: int, worker: int) -> wire.ToAgent:
             if not image.offsets:
-                return wire.LoadNative(op, lora_id, slot, str(adapter.path), displaces)
+                return wire.LoadNative(op, image.lora_id, slot, str(adapter.path), displaces)
             where = image.offsets[worker], image.nbytes[worker], image.contents[worker]
-            return wire.Load(op, lora_id, slot, *where, displaces)
+            return wire.Load(op, image.lora_id, slot, *where, displaces)
 
-        await self._workers.command(load)
-
-    async def _stage(self, adapter: Adapter, urgent: bool) -> _Image:
-        """The adapter's image in host memory, made if it is not there."""
-        key = adapter.key
-        if key in self._images:
-            return self._images[key]
-        lora_id = self._request_for(adapter).lora_int_id
-        try:
-            image = await self._pack(adapter, urgent)
-            await self._page_lock(image)
-            self._images[key] = image
-        except CannotPackError as error:
-            logger.info("%s takes the slow path: %s", key, error)
-            path = str(adapter.path)
-            await self._workers.command(lambda op, _: wire.LoadNative(op, lora_id, -1, path))
-            self._images[key] = _Image()
-        return self._images[key]
-
-    async def _page_lock(self, image: _Image) -> None:
-        """Have every worker make an image ready; one that could not be is not an error."""
-        try:
-            await self._workers.command(
-                lambda op, worker: wire.PageLock(op, image.offsets[worker], image.nbytes[worker])
-            )
-        except BaseException:
-            await self._free(image.offsets)
-            raise
-
-    async def _free(self, offsets: list[int]) -> None:
-        """Give back what images took, once no worker's GPU can read it any more."""
-        if not offsets or self._line is None:
-            return
-        await self._workers.command(lambda op, _: wire.PageUnlock(op, offsets))
-        self._line.free(offsets)
-
-    async def _pack(self, adapter: Adapter, urgent: bool) -> _Image:
-        if self._line is None or self._arena is None:
-            raise EngineDeadError("the engine is gone; build a new engine and cache")
-        key = adapter.key.digest
-        wanted = jobs.Wanted(str(adapter.path), key, adapter.stamp, urgent)
-        contents, nbytes = await self._line.examine(wanted)
-        offsets: list[int] = []
-        try:
-            for length in nbytes:
-                offsets.append(self._arena.allocate(length))
-            await self._line.pack(wanted, offsets, nbytes)
-        except BaseException:
-            self._line.free(offsets)
-            raise
-        return _Image(contents, offsets, nbytes)
+        began = time.perf_counter()
+        answers = await self._workers.command(load)
+        times.commanded = time.perf_counter() - began
+        done = [answer for answer in answers if isinstance(answer, wire.Done)]
+        times.waited = max(answer.waited for answer in done)
+        times.copied = max(answer.copied for answer in done)
+        times.scattered = max(answer.scattered for answer in done)
 
     def _place(self, move: Transition) -> tuple[int, AdapterKey | None]:
         """The slot to write: the victim's, or else a free one."""
@@ -312,20 +277,6 @@ class ResidentEngine(ManagedVllm):
             await self._workers.command(lambda op, _: wire.Unload(op, ids))
             self._slots = {slot: key for slot, key in self._slots.items() if key not in keys}
 
-    async def _forget(self, keys: Sequence[AdapterKey]) -> None:
-        """Drop these from host memory."""
-        native: list[int] = []
-        offsets: list[int] = []
-        for key in keys:
-            image = self._images.pop(key, None)
-            if image is not None and not image.offsets:
-                native.append(self._id_of(key))
-            elif image is not None:
-                offsets += image.offsets
-        await self._free(offsets)
-        if native:
-            await self._workers.command(lambda op, _: wire.Unload(op, native, forget=True))
-
     # ------------------------------------------------------------------ questions
 
     async def holdings(self) -> Holdings:
@@ -344,7 +295,9 @@ class ResidentEngine(ManagedVllm):
             for slot, ids in enumerate(zip(*tables, strict=True))
             if ids[0] and len(set(ids)) == 1
         }
-        return Holdings(dict(self._slots), frozenset(self._images) | set(self._slots.values()))
+        return Holdings(
+            dict(self._slots), frozenset(self._images or ()) | set(self._slots.values())
+        )
 
     def slots(self) -> dict[int, AdapterKey]:
         return dict(self._slots)
@@ -373,13 +326,14 @@ class ResidentEngine(ManagedVllm):
         if rank:  # every worker of a tensor-parallel group says so
             return
         self.displaced += 1
-        logger.warning(
-            "a request that no lease had announced held up a step for %.3f s: slot %d",
-            event.seconds, event.slot,
-        )  # fmt: skip
         if event.new_id:
+            logger.warning(
+                "what no lease had announced came into slot %d, and held up vLLM for %.3f s",
+                event.slot, event.seconds,
+            )  # fmt: skip
             self._slots[event.slot] = self._key_of(event.new_id)
         else:
+            logger.warning("vLLM dropped what was in slot %d", event.slot)
             self._slots.pop(event.slot, None)
         self._drifted()
 

@@ -3,7 +3,8 @@
 vLLM calls `register` in every process that it starts, whether the resident engine is wanted or not.
 Without ``LORA_CACHE_RESIDENT=1`` in the environment that does nothing.  With it, vLLM's worker-side
 LoRA manager is replaced as soon as the module that uses it is imported: only workers do, so no
-other process pays for importing torch.
+other process pays for importing torch.  ``LORA_CACHE_RESIDENT=force`` does so in versions of vLLM,
+too, that it was never run with.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from lora_cache.engines import SWITCH
+from lora_cache.engines import FORCE, SWITCH, is_switched_on
 from lora_cache.engines.resident import compat
 
 logger = logging.getLogger(__name__)
@@ -26,14 +27,19 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Switch the resident engine on in this process, if the environment says so.
 
-    May be called any number of times.  Never raises: a vLLM that we do not know stays as it is.
+    May be called any number of times.  Never raises: a vLLM with which it was never run stays as
+    it is, unless forced.
     """
-    if os.environ.get(SWITCH) != "1":
+    if not is_switched_on():
         return
-    reason = compat.unknown_version()
-    if reason:
-        logger.error("%s is set, but the resident engine stays off: %s", SWITCH, reason)
-        return
+    if reason := compat.never_run():
+        if os.environ[SWITCH] != FORCE:
+            logger.error(
+                "the resident engine stays off: %s; %s=%s would use it all the same",
+                reason, SWITCH, FORCE,
+            )  # fmt: skip
+            return
+        logger.warning("the resident engine is on by force: %s", reason)
     loaded = sys.modules.get(compat.MIXIN_MODULE)
     if loaded is not None:
         compat.take_over(loaded)

@@ -1,0 +1,153 @@
+"""The host tier: packed images in the arena, page-locked by the workers that copy them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from lora_cache.adapter import Adapter, AdapterKey
+from lora_cache.engines.resident import jobs, wire
+from lora_cache.engines.resident.arena import Arena
+from lora_cache.engines.resident.layout import Contents
+from lora_cache.engines.resident.packing_line import PackingLine
+from lora_cache.engines.resident.workers import Workers
+from lora_cache.errors import CannotPackError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadTimes:
+    """Where the time of one load went, in seconds; 0 for what it did not need.
+
+    The parts come one after the other; ``copied`` and ``scattered``, which are the device's own,
+    are within ``commanded``.
+
+    Attributes:
+        examined: reading what the adapter holds, or the header of its packed image.
+        packed: until its image was in host memory: packed, or read from disk.
+        locked: page-locking the image.
+        commanded: from the command to the workers until the last one had published it.
+        waited: the workers, for steps that still read the slot; the longest.
+        copied: the image across the bus; the longest.
+        scattered: it into the slot; the longest.
+    """
+
+    key: AdapterKey
+    examined: float = 0.0
+    packed: float = 0.0
+    locked: float = 0.0
+    commanded: float = 0.0
+    waited: float = 0.0
+    copied: float = 0.0
+    scattered: float = 0.0
+
+
+@dataclass(frozen=True)
+class Image:
+    """A packed adapter in the arena, one stretch a worker.
+
+    None at all for an adapter that only vLLM's loader knows: the workers keep what that made.
+    """
+
+    lora_id: int
+    contents: list[Contents] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    nbytes: list[int] = field(default_factory=list)
+
+
+class HostImages:
+    """Which adapters are in host memory.  One event loop.
+
+    Args:
+        workers: of the engine.
+        arena: where images are.
+        line: makes them.
+    """
+
+    def __init__(self, workers: Workers, arena: Arena, line: PackingLine) -> None:
+        self._workers = workers
+        self._arena = arena
+        self._line = line
+        self._images: dict[AdapterKey, Image] = {}
+
+    def __contains__(self, key: AdapterKey) -> bool:
+        return key in self._images
+
+    def __iter__(self) -> Iterator[AdapterKey]:
+        return iter(self._images)
+
+    async def stage(self, adapter: Adapter, lora_id: int, urgent: bool, times: LoadTimes) -> Image:
+        """The adapter's image, made if it is not there.
+
+        Args:
+            lora_id: vLLM's name for it.
+            urgent: somebody waits; it overtakes what nobody waits for.
+            times: gets `examined`, `packed` and `locked`.
+
+        Raises:
+            InvalidAdapterError, EngineError: it cannot be packed.
+            ArenaFullError: there is no room.
+            WorkerError: a worker is lost, or vLLM's loader failed.
+        """
+        if adapter.key in self._images:
+            return self._images[adapter.key]
+        try:
+            image = await self._pack(adapter, lora_id, urgent, times)
+        except CannotPackError as error:
+            logger.info("%s takes the slow path: %s", adapter.key, error)
+            path = str(adapter.path)
+            await self._workers.command(lambda op, _: wire.LoadNative(op, lora_id, -1, path))
+            image = Image(lora_id)
+        else:
+            await self._lock(image, times)
+        self._images[adapter.key] = image
+        return image
+
+    async def drop(self, keys: Iterable[AdapterKey]) -> None:
+        """Let go of these; of what is not there, nothing.
+
+        Raises:
+            WorkerError: a worker is lost.
+        """
+        gone = [self._images.pop(key) for key in keys if key in self._images]
+        await self._free([offset for image in gone for offset in image.offsets])
+        native = [image.lora_id for image in gone if not image.offsets]
+        if native:
+            await self._workers.command(lambda op, _: wire.Unload(op, native, forget=True))
+
+    async def _pack(self, adapter: Adapter, lora_id: int, urgent: bool, times: LoadTimes) -> Image:
+        wanted = jobs.Wanted(str(adapter.path), adapter.key.digest, adapter.stamp, urgent)
+        began = time.perf_counter()
+        contents, nbytes = await self._line.examine(wanted)
+        times.examined = time.perf_counter() - began
+        offsets: list[int] = []
+        try:
+            for length in nbytes:
+                offsets.append(self._arena.allocate(length))
+            await self._line.pack(wanted, offsets, nbytes)
+        except BaseException:
+            self._line.free(offsets)
+            raise
+        times.packed = time.perf_counter() - began - times.examined
+        return Image(lora_id, contents, offsets, nbytes)
+
+    async def _lock(self, image: Image, times: LoadTimes) -> None:
+        """Have every worker make an image ready for fast copying."""
+        began = time.perf_counter()
+        try:
+            await self._workers.command(
+                lambda op, worker: wire.PageLock(op, image.offsets[worker], image.nbytes[worker])
+            )
+        except BaseException:
+            await self._free(image.offsets)
+            raise
+        times.locked = time.perf_counter() - began
+
+    async def _free(self, offsets: list[int]) -> None:
+        """Give back what images took, once no worker's GPU can read it any more."""
+        if offsets:
+            await self._workers.command(lambda op, _: wire.PageUnlock(op, offsets))
+            self._line.free(offsets)
