@@ -38,12 +38,12 @@ def store(tmp_path: Path) -> ImageStore:
     return ImageStore(tmp_path / "home" / "images", 1 << 30)
 
 
-def image(nbytes: int, seed: int = 0) -> memoryview:
-    return memoryview(np.random.default_rng(seed).bytes(nbytes))
+def image(nbytes: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(nbytes)
 
 
-def keep(store: ImageStore, data: memoryview, key: str = KEY, layout: str = LAYOUT) -> bool:
-    return store.write(layout, key, CONTENTS, data)
+def keep(store: ImageStore, data: bytes, key: str = KEY, layout: str = LAYOUT) -> bool:
+    return store.write(layout, key, CONTENTS, memoryview(data))
 
 
 def read(store: ImageStore, key: str = KEY, layout: str = LAYOUT) -> bytes | None:
@@ -355,7 +355,7 @@ def test_what_is_being_written_does_not_make_room(
 ) -> None:
     """Another process makes room while this one is in the middle of a file."""
     one, two = (ImageStore(tmp_path / "images", 7000) for _ in range(2))
-    real, inside = image_store.write_image, [True]
+    real, inside = image_file.write_image, [True]
 
     def write_image(fd: int, *args: Any) -> None:
         real(fd, *args)

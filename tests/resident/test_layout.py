@@ -191,3 +191,22 @@ def test_describing_leaves_the_slots_alone(rig: Callable[..., Any]) -> None:
     before = slot_of(engine.manager, 0)
     assert describe(engine.manager).digest == engine.layout.digest
     assert differing(slot_of(engine.manager, 0), before) == []
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("called", ["get_rename_mapper", "get_unstacked_mapper"])
+def test_renames_for_stacked_weights_are_not_an_adapter_s(called: str) -> None:
+    """VLLM 0.26 and 0.32 leave them out by methods of different names; Llama has them in 0.26."""
+    from types import SimpleNamespace
+
+    from lora_cache.engines.resident.describe import _renames
+
+    renaming = SimpleNamespace(orig_to_new_prefix={"old.": "new."})
+    mapper = SimpleNamespace(
+        orig_to_new_stacked={".q_proj": (".qkv_proj", "q")}, **{called: lambda: renaming}
+    )
+    renames, refusal = _renames(SimpleNamespace(hf_to_vllm_mapper=mapper))
+    assert refusal is None
+    assert renames.prefix == (("old.", "new."),)
+    del mapper.__dict__[called]
+    assert _renames(SimpleNamespace(hf_to_vllm_mapper=mapper))[1], "not known how to leave out"

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lora_cache.engines.resident.arena import Arena
+from lora_cache.engines.resident.arena import Arena, ArenaFullError
 from lora_cache.engines.resident.jobs import Wanted
 from lora_cache.engines.resident.packing_line import PackingLine
 from lora_cache.errors import CannotPackError, EngineError, InvalidAdapterError
@@ -126,5 +126,26 @@ def test_a_job_that_kills_every_packer_is_given_up(adapter: Adapter) -> None:
                 await asyncio.sleep(0.01)
             with pytest.raises(EngineError, match="died 2 times"):
                 await job
+
+    run(main())
+
+
+def test_room_that_is_still_in_use_is_waited_for(adapter: Adapter) -> None:
+    """What is evicted while it is being kept on disk is free only afterwards."""
+
+    async def main() -> None:
+        async with line() as (packing, arena):
+            assert not await packing.wait_for_room(), "nothing was freed, nothing will be"
+            offset = arena.allocate(arena.nbytes)
+            packing._in_use[offset] = 1
+            packing.free([offset])
+            with pytest.raises(ArenaFullError):
+                arena.allocate(1)
+            waiting = asyncio.ensure_future(packing.wait_for_room())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            packing._leave([offset])
+            assert await waiting
+            assert arena.allocate(1) == offset
 
     run(main())

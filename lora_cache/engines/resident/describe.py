@@ -108,8 +108,11 @@ def _renames(model: Any) -> tuple[Renames, str | None]:
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return Renames(), None
-    if hasattr(mapper, "get_rename_mapper"):
-        mapper = mapper.get_rename_mapper()
+    # As vLLM itself does before it reads an adapter's names; 0.26 has it by another name.
+    for renaming_only in ("get_rename_mapper", "get_unstacked_mapper"):
+        if hasattr(mapper, renaming_only):
+            mapper = getattr(mapper, renaming_only)()
+            break
     rules: dict[str, tuple[tuple[str, str], ...]] = {}
     for field in ("regex", "substr", "prefix", "suffix"):
         given = getattr(mapper, f"orig_to_new_{field}", None) or {}

@@ -303,6 +303,11 @@ class ResidentEngine(ManagedVllm):
             dict(self._slots), frozenset(self._images or ()) | set(self._slots.values())
         )
 
+    @property
+    def unpacked(self) -> int:
+        """How many adapters only vLLM's own loader could load, which is slower."""
+        return self._images.unpacked if self._images else 0
+
     def slots(self) -> dict[int, AdapterKey]:
         return dict(self._slots)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.engines.resident import jobs, wire
-from lora_cache.engines.resident.arena import Arena
+from lora_cache.engines.resident.arena import Arena, ArenaFullError
 from lora_cache.engines.resident.layout import Contents
 from lora_cache.engines.resident.packing_line import PackingLine
 from lora_cache.engines.resident.workers import Workers
@@ -72,6 +72,8 @@ class HostImages:
         self._arena = arena
         self._line = line
         self._images: dict[AdapterKey, Image] = {}
+        #: How many adapters the packer did not know, so far.
+        self.unpacked = 0
 
     def __contains__(self, key: AdapterKey) -> bool:
         return key in self._images
@@ -97,7 +99,12 @@ class HostImages:
         try:
             image = await self._pack(adapter, lora_id, urgent, times)
         except CannotPackError as error:
-            logger.info("%s takes the slow path: %s", adapter.key, error)
+            self.unpacked += 1
+            # The first one is likely to be the first of many.
+            level = logging.WARNING if self.unpacked == 1 else logging.INFO
+            logger.log(
+                level, "vLLM's own loader has to load %s, which is slower: %s", adapter.key, error
+            )
             path = str(adapter.path)
             await self._workers.command(lambda op, _: wire.LoadNative(op, lora_id, -1, path))
             image = Image(lora_id)
@@ -126,13 +133,22 @@ class HostImages:
         offsets: list[int] = []
         try:
             for length in nbytes:
-                offsets.append(self._arena.allocate(length))
+                offsets.append(await self._allocate(length))
             await self._line.pack(wanted, offsets, nbytes)
         except BaseException:
             self._line.free(offsets)
             raise
         times.packed = time.perf_counter() - began - times.examined
         return Image(lora_id, contents, offsets, nbytes)
+
+    async def _allocate(self, nbytes: int) -> int:
+        while True:
+            try:
+                return self._arena.allocate(nbytes)
+            except ArenaFullError:
+                # What was evicted a moment ago may still be on its way to the disk.
+                if not await self._line.wait_for_room():
+                    raise
 
     async def _lock(self, image: Image, times: LoadTimes) -> None:
         """Have every worker make an image ready for fast copying."""

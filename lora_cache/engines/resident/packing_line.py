@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -12,8 +13,11 @@ from pathlib import Path
 
 from lora_cache.engines.resident import jobs
 from lora_cache.engines.resident.arena import Arena
+from lora_cache.engines.resident.framing import WireError
 from lora_cache.engines.resident.layout import Contents, Layout
 from lora_cache.errors import CannotPackError, EngineError, InvalidAdapterError
+
+logger = logging.getLogger(__name__)
 
 _AGAIN = 2  # how often a job is tried whose packer dies under it
 
@@ -55,6 +59,7 @@ class PackingLine:
         self._jobs: dict[int, asyncio.Future[jobs.Answer]] = {}
         self._in_use: dict[int, int] = {}  # offset → the job that may still read or write there
         self._unwanted: set[int] = set()  # offsets that are to be free when no job uses them
+        self._waiting_for_room: list[asyncio.Future[None]] = []
         self._process: Process | None = None
         self._reading: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
@@ -113,6 +118,15 @@ class PackingLine:
             else:
                 self._arena.free(offset)
 
+    async def wait_for_room(self) -> bool:
+        """Wait until something that was freed is free; false if there is nothing to wait for."""
+        if not self._unwanted:
+            return False
+        room = asyncio.get_running_loop().create_future()
+        self._waiting_for_room.append(room)
+        await room
+        return True
+
     async def close(self) -> None:
         """End the packer.  Idempotent."""
         process, self._process = self._process, None
@@ -157,9 +171,14 @@ class PackingLine:
     async def _read(self, process: Process) -> None:
         assert process.stdout is not None
         frames = jobs.answer_frames()
-        while data := await process.stdout.read(1 << 16):
-            for answer in frames.feed(data):
-                self._take(answer)
+        try:
+            while data := await process.stdout.read(1 << 16):
+                for answer in frames.feed(data):
+                    self._take(answer)
+        except WireError:
+            logger.exception("the packer says what is no answer")
+            process.kill()
+            await process.wait()  # it may still be writing to the arena
         if self._process is process:  # nobody asked it to end
             self._process = None
             self.restarts += 1
@@ -182,6 +201,10 @@ class PackingLine:
             if offset in self._unwanted:
                 self._unwanted.discard(offset)
                 self._arena.free(offset)
+        for room in self._waiting_for_room:
+            if not room.done():
+                room.set_result(None)
+        self._waiting_for_room.clear()
 
 
 def _write(process: Process, job: jobs.Job) -> None:

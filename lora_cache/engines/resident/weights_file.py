@@ -7,14 +7,15 @@ objects a tensor and maps its pages one by one; here a tensor costs one system c
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from lora_cache.errors import CannotPackError, InvalidAdapterError
 from lora_cache.exact_io import read_exactly
@@ -33,6 +34,17 @@ _DTYPES = {
     "F8_E5M2": ("float8_e5m2", 1),
     "I8": ("int8", 1),
 }
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Said(msgspec.Struct, frozen=True):
+    """What the header says of a tensor."""
+
+    dtype: str
+    shape: tuple[_Count, ...]
+    data_offsets: tuple[_Count, _Count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +82,7 @@ class WeightsFile:
         self._map: mmap.mmap | None = None
         try:
             self.tensors = self._read_header()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             os.close(self._fd)
             raise InvalidAdapterError(f"{path} cannot be read: {error}") from error
         except BaseException:
@@ -82,8 +94,9 @@ class WeightsFile:
         length = int.from_bytes(os.pread(self._fd, _HEAD_BYTES, 0), "little")
         if length > min(_MAX_HEADER_BYTES, size - _HEAD_BYTES):
             raise ValueError("it is no safetensors file, or its header is cut")
-        header = json.loads(os.pread(self._fd, length, _HEAD_BYTES))
-        header.pop("__metadata__", None)
+        raw = msgspec.json.decode(os.pread(self._fd, length, _HEAD_BYTES), type=dict)
+        raw.pop("__metadata__", None)
+        header = msgspec.convert(raw, dict[str, _Said])
         found = {name: _tensor(name, said, length) for name, said in header.items()}
         end = max((tensor.start + tensor.nbytes for tensor in found.values()), default=0)
         if end > size:
@@ -120,16 +133,15 @@ class WeightsFile:
         os.close(self._fd)
 
 
-def _tensor(name: str, said: Any, header_bytes: int) -> Tensor:
-    if said["dtype"] not in _DTYPES:
-        raise CannotPackError(f"{name} is of dtype {said['dtype']}")
-    dtype, item_bytes = _DTYPES[said["dtype"]]
-    begin, end = said["data_offsets"]
-    shape = tuple(said["shape"])
-    nbytes = math.prod(shape) * item_bytes
-    if begin < 0 or end - begin != nbytes or min(shape, default=0) < 0:
+def _tensor(name: str, said: _Said, header_bytes: int) -> Tensor:
+    if said.dtype not in _DTYPES:
+        raise CannotPackError(f"{name} is of dtype {said.dtype}")
+    dtype, item_bytes = _DTYPES[said.dtype]
+    begin, end = said.data_offsets
+    nbytes = math.prod(said.shape) * item_bytes
+    if end - begin != nbytes:
         raise ValueError(f"the header contradicts itself about {name}")
-    return Tensor(dtype, shape, _HEAD_BYTES + header_bytes + begin, nbytes)
+    return Tensor(dtype, said.shape, _HEAD_BYTES + header_bytes + begin, nbytes)
 
 
 def _in_one_go(
