@@ -144,7 +144,7 @@ def test_a_request_without_a_lease_is_right_counted_and_repaired(
 def test_a_second_cache_reads_what_the_first_one_packed(
     resident_llm: Any, llm: Any, adapters: list[Path], tmp_path: Path
 ) -> None:
-    expected = [stock_answer(llm, path, 70 + number) for number, path in enumerate(adapters[:6])]
+    expected = [stock_answer(llm, path, 80 + number) for number, path in enumerate(adapters[:6])]
 
     async def main() -> None:
         for packed, read in ((6, 0), (0, 6)):
@@ -158,6 +158,29 @@ def test_a_second_cache_reads_what_the_first_one_packed(
         async with cache_of(resident_llm, image_bytes=0) as cache:
             assert await answer(cache, adapters[0]) == expected[0]
             assert cast(Any, cache._engine)._line.packed == 1
+
+    run(main())
+
+
+def test_loads_go_on_in_the_moment_in_which_a_request_without_a_lease_takes_a_slot(
+    resident_llm: Any, llm: Any, adapters: list[Path]
+) -> None:
+    expected = [stock_answer(llm, path, 62 + number) for number, path in enumerate(adapters[:9])]
+
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            for path in adapters[:3]:
+                await answer(cache, path)
+            raw = request(0, adapters[7], lora_int_id=7)
+            resident_llm.generate([prompt(4)], greedy(12), lora_request=raw, use_tqdm=False)
+            await asyncio.sleep(0.05)  # it has been told, and has not looked yet
+            engine: Any = cache._engine
+            assert (engine.displaced, cache.stats().drift) == (1, 0)
+            assert [await answer(cache, path) for path in adapters[3:7]] == expected[3:7]
+            assert cache.stats().load_failures == 0
+            await asyncio.sleep(0.6)
+            assert [await answer(cache, path) for path in adapters[:9]] == expected
+            assert await cache.reconcile() == 0
 
     run(main())
 

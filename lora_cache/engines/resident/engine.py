@@ -248,16 +248,20 @@ class ResidentEngine(ManagedVllm):
         times.scattered = max(answer.scattered for answer in done)
 
     def _place(self, move: Transition) -> tuple[int, AdapterKey | None]:
-        """The slot to write: the victim's, or else a free one."""
-        for victim in move.demote:
-            for slot, key in self._slots.items():
-                if key == victim and slot not in self._reserved:
-                    self._reserved.add(slot)
-                    return slot, victim
-        for slot in range(self._capabilities.slots):
-            if slot not in self._slots and slot not in self._reserved:
+        """The slot to write, and who leaves it: a victim, or nobody.
+
+        If a worker has given a victim's slot to a request without a lease: the slot of such a one.
+        """
+        held = self._slots
+        candidates = [
+            *(slot for victim in move.demote for slot, key in held.items() if key == victim),
+            *(slot for slot in range(self._capabilities.slots) if slot not in held),
+            *(slot for slot, key in held.items() if _is_foreign(key)),
+        ]
+        for slot in candidates:
+            if slot not in self._reserved:
                 self._reserved.add(slot)
-                return slot, None
+                return slot, held.get(slot)
         raise TransitionFailedError(
             EngineError("the slots are not as the cache believes: call reconcile()")
         )
