@@ -5,6 +5,8 @@ import tempfile
 
 import pytest
 
+from lora_cache.paths import cache_home
+
 pytest_plugins = [
     "tests.real.engines",
     "tests.resident.engines",
@@ -14,8 +16,13 @@ pytest_plugins = [
 
 # Caches that tests open are no business of `lora-cache status`.
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")
-# Nor is what they keep any business of the user's home.
-os.environ["LORA_CACHE_HOME"] = tempfile.mkdtemp(prefix="lora-cache-tests-")
+# Nor is what they keep any business of the user's home, but for the demo's model: that takes half a
+# minute to make, and is made once.
+_home = tempfile.TemporaryDirectory(prefix="lora-cache-tests-")
+_demo = cache_home() / "demo"
+_demo.mkdir(parents=True, exist_ok=True)
+os.symlink(_demo, os.path.join(_home.name, "demo"))
+os.environ["LORA_CACHE_HOME"] = _home.name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,7 +35,8 @@ def make_engine(
         target: an `Engine`, a `vllm.AsyncLLM` or a `vllm.LLM`.
         kind: ``"stock"``, ``"resident"``, or ``"auto"``: resident if `SWITCH` is set, else stock.
         host_bytes: what will be kept in host memory at most, for the resident engine.
-        image_dir, image_bytes: where, and in how many bytes, it keeps packed images on disk.
+        image_dir: where it keeps packed images on disk.
+        image_bytes: how many bytes they may take there; 0: none are kept.
 
     Raises:
         ConfigError: `target` is none of these, or cannot be managed.

@@ -141,6 +141,27 @@ def test_a_request_without_a_lease_is_right_counted_and_repaired(
     run(main())
 
 
+def test_a_second_cache_reads_what_the_first_one_packed(
+    resident_llm: Any, llm: Any, adapters: list[Path], tmp_path: Path
+) -> None:
+    expected = [stock_answer(llm, path, 80 + number) for number, path in enumerate(adapters[:6])]
+
+    async def main() -> None:
+        for packed, read in ((6, 0), (0, 6)):
+            async with cache_of(resident_llm, image_dir=tmp_path / "images") as cache:
+                line = cast(Any, cache._engine)._line
+                for path, tokens in zip(adapters[:6], expected, strict=True):
+                    assert await answer(cache, path) == tokens
+                    while line.is_busy:  # noqa: ASYNC110 - what is not saved by the end is lost
+                        await asyncio.sleep(0.01)
+                assert (line.packed, line.read) == (packed, read)
+        async with cache_of(resident_llm, image_bytes=0) as cache:
+            assert await answer(cache, adapters[0]) == expected[0]
+            assert cast(Any, cache._engine)._line.packed == 1
+
+    run(main())
+
+
 def test_loads_go_on_in_the_moment_in_which_a_request_without_a_lease_takes_a_slot(
     resident_llm: Any, llm: Any, adapters: list[Path]
 ) -> None:
@@ -160,27 +181,6 @@ def test_loads_go_on_in_the_moment_in_which_a_request_without_a_lease_takes_a_sl
             await asyncio.sleep(0.6)
             assert [await answer(cache, path) for path in adapters[:9]] == expected
             assert await cache.reconcile() == 0
-
-    run(main())
-
-
-def test_a_second_cache_reads_what_the_first_one_packed(
-    resident_llm: Any, llm: Any, adapters: list[Path], tmp_path: Path
-) -> None:
-    expected = [stock_answer(llm, path, 70 + number) for number, path in enumerate(adapters[:6])]
-
-    async def main() -> None:
-        for packed, read in ((6, 0), (0, 6)):
-            async with cache_of(resident_llm, image_dir=tmp_path / "images") as cache:
-                line = cast(Any, cache._engine)._line
-                for path, tokens in zip(adapters[:6], expected, strict=True):
-                    assert await answer(cache, path) == tokens
-                    while line.is_busy:  # noqa: ASYNC110 - what is not saved by the end is lost
-                        await asyncio.sleep(0.01)
-                assert (line.packed, line.read) == (packed, read)
-        async with cache_of(resident_llm, image_bytes=0) as cache:
-            assert await answer(cache, adapters[0]) == expected[0]
-            assert cast(Any, cache._engine)._line.packed == 1
 
     run(main())
 
