@@ -26,7 +26,7 @@ from typing import Any, Protocol
 Row = dict[str, Any]
 
 FIRST_ID = 1 << 29  # of adapters that plain vLLM serves; the cache's lie above
-_UNUSED_S = 40.0  # a row ends that long after its last arrival
+_DRAIN_S = 40.0  # a row ends that long after its last arrival
 
 _names = count()
 
@@ -289,7 +289,7 @@ async def replay(
         await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
         answers.append(Answer(adapter, began + at))
         tasks.append(asyncio.create_task(ask(server, answers[-1], words, how)))
-    _, late = await asyncio.wait(tasks, timeout=_UNUSED_S)
+    _, late = await asyncio.wait(tasks, timeout=_DRAIN_S)
     for task in late:
         task.cancel()
     for task in tasks:
