@@ -14,6 +14,7 @@ from typing import Any
 
 from lora_cache.errors import CacheClosedError, EngineError, LoraCacheError
 from lora_cache.lease import Lease
+from lora_cache.waiting import until_done
 
 _END = object()
 
@@ -52,7 +53,7 @@ class Feed:
     async def close(self) -> None:
         """Abort the request, if it runs, and wait until that is done."""
         self._task.cancel()
-        await asyncio.wait([self._task])
+        await until_done(self._task)
 
     async def _read(self) -> None:
         try:

@@ -57,8 +57,13 @@ class StockEngine(ManagedVllm):
             raise self._map(error, "vLLM did not answer") from error
 
     async def detach(self) -> None:
-        if not self._disclaim() or self._client.is_dead:
+        if not self._disclaim():
             return
+        if not self._client.is_dead:
+            await self._give_back()
+        await self._client.close()
+
+    async def _give_back(self) -> None:
         async with self._order:
             try:
                 for lora_int_id in await self._client.list_loras():

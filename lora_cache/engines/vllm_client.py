@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from lora_cache.errors import ConfigError, EngineDeadError, EngineError, RequestRefusedError
+from lora_cache.waiting import until_done
+
+_T = TypeVar("_T")
 
 #: Rounds of the event loop without news after which no hand-over is under way (one takes six).
 _QUIET_ROUNDS = 12
@@ -37,6 +42,9 @@ class VllmClient(Protocol):
     def generate(
         self, prompt: Any, params: Any, request_id: str, lora_request: Any, **options: Any
     ) -> AsyncGenerator[Any, None]: ...
+
+    async def close(self) -> None:
+        """Wait for the requests, and end the threads; it may be used again all the same."""
 
 
 class AsyncClient:
@@ -80,16 +88,22 @@ class AsyncClient:
         except Exception as error:  # vLLM raises what its layers raise; nothing of it may leak
             raise _request_error(error, dead=self.is_dead) from error
 
+    async def close(self) -> None:
+        pass
+
 
 class SyncClient:
-    """`vllm.LLM`, stepped by a task of the event loop while there are requests.
+    """`vllm.LLM`, on a thread of its own, stepped there while there are requests.
 
-    `LLM` is not thread-safe, so every call is made on the loop's thread; a step blocks the loop
-    for as long as vLLM computes it.
+    `LLM` is not thread-safe: that thread makes every call, in the order in which they are asked
+    for.  So the event loop is free while vLLM computes: what moves adapters runs on it, and would
+    otherwise wait for a step with each message.
     """
 
     def __init__(self, llm: Any) -> None:
         self._engine = llm.llm_engine
+        self._thread: ThreadPoolExecutor | None = None
+        self._calls: set[asyncio.Future[Any]] = set()  # asked for, not done
         self._streams: dict[str, asyncio.Queue[Any]] = {}
         self._stepping: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
@@ -105,32 +119,37 @@ class SyncClient:
 
     async def add_lora(self, request: Any) -> None:
         self._news += 1
-        self._engine.add_lora(request)
+        await self._call(self._engine.add_lora, request)
 
     async def remove_lora(self, lora_int_id: int) -> None:
         self._news += 1
-        self._engine.remove_lora(lora_int_id)
+        await self._call(self._engine.remove_lora, lora_int_id)
 
     async def list_loras(self) -> set[int]:
-        return set(self._engine.list_loras())
+        return set(await self._call(self._engine.list_loras))
 
     async def generate(
         self, prompt: Any, params: Any, request_id: str, lora_request: Any, **options: Any
     ) -> AsyncGenerator[Any, None]:
         if self._failure is not None:
             raise _request_error(self._failure, dead=True) from self._failure
-        try:
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+
+        def add() -> None:  # on vLLM's thread: a step finds all streams of what it computes
             self._engine.add_request(
                 request_id, prompt, params, lora_request=lora_request, **options
             )
-        except Exception as error:  # vLLM raises what its layers raise; nothing of it may leak
-            raise _request_error(error, dead=False) from error
-        outputs = self._streams[request_id] = asyncio.Queue()
+            self._streams[request_id] = outputs
+
         self._news += 1
-        if self._stepping is None or self._stepping.done():
-            self._stepping = asyncio.create_task(self._step(), name="vllm-step")
         finished = False
         try:
+            try:
+                await self._call(add)
+            except Exception as error:  # vLLM raises what its layers raise; nothing may leak
+                raise _request_error(error, dead=False) from error
+            if self._stepping is None or self._stepping.done():
+                self._stepping = asyncio.create_task(self._step(), name="vllm-step")
             while not finished:
                 output = await outputs.get()
                 if isinstance(output, Exception):
@@ -138,15 +157,38 @@ class SyncClient:
                 finished = output.finished
                 yield output
         finally:
-            self._streams.pop(request_id, None)
-            if not finished and self._failure is None:
-                self._engine.abort_request([request_id])
+            added = self._streams.pop(request_id, None) is not None
+            if added and not finished and self._failure is None:
+                await self._call(self._engine.abort_request, [request_id])
+
+    async def close(self) -> None:
+        if self._stepping is not None:
+            await asyncio.wait([self._stepping])
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    async def _call(self, function: Callable[..., _T], *args: Any, **options: Any) -> _T:
+        """Make a call on vLLM's thread.  It cannot be taken back: one who is cancelled waits."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "lora-cache-vllm", _same_device())
+        call = asyncio.get_running_loop().run_in_executor(
+            self._thread, partial(function, *args, **options)
+        )
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        try:
+            await until_done(call)
+        except asyncio.CancelledError:
+            call.exception()  # nobody is left to be told
+            raise
+        return call.result()
 
     async def _step(self) -> None:
         await self._quiet()
         while self._streams:
             try:
-                outputs = self._engine.step()
+                outputs = await self._call(self._engine.step)
             except Exception as error:  # an exception in a step leaves vLLM unusable
                 self._failure = error
                 for stream in self._streams.values():
@@ -170,6 +212,10 @@ class SyncClient:
         """
         seen, quiet = self._news, 0
         for _ in range(_MOST_ROUNDS):
+            if self._calls:
+                await asyncio.wait(self._calls)
+                quiet = 0
+                continue
             await asyncio.sleep(0)
             quiet = quiet + 1 if self._news == seen else 0
             seen = self._news
@@ -191,6 +237,15 @@ def connect(target: Any) -> VllmClient:
         f"{type(target).__name__} is not an engine: give a vllm.AsyncLLM, a vllm.LLM, or an "
         "object of the lora_cache Engine protocol"
     )
+
+
+def _same_device() -> Callable[[], None]:
+    """Has a new thread use the GPU that this one uses, if it uses one."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
 
 
 def _request_error(error: Exception, *, dead: bool) -> EngineError:

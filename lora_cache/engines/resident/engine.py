@@ -152,6 +152,7 @@ class ResidentEngine(ManagedVllm):
     async def detach(self) -> None:
         if self._disclaim():
             await self._release()
+            await self._client.close()
 
     async def _release(self) -> None:
         await self._workers.close()
