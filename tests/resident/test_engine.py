@@ -132,7 +132,7 @@ def test_a_request_without_a_lease_is_right_counted_and_repaired(
             first = [await answer(cache, path) for path in adapters[:3]]
             assert stock_answer(resident_llm, adapters[7], 61) == expected
             async with asyncio.timeout(30):  # the cache is told, and looks
-                while not (engine.displaced and cache.stats().drift):
+                while not (engine.displaced and cache.stats().drift):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             assert dict(engine.slots()) == dict((await engine.holdings()).slots)
             assert [await answer(cache, path) for path in adapters[:3]] == first
