@@ -4,8 +4,9 @@
     python3 -m benchmarks.gpu.resident_exact --tiny         (CPU, half a minute)
 
 One engine, first as vLLM manages it: for every adapter the answers to two prompts, and for some the
-content of the slot.  A second pass in other batches says how far stock vLLM is from itself.  Then a
-cache attaches, and requests arrive at random, by popularity, for `--seconds`: more adapters than
+content of the slot.  A second pass in other batches says how far stock vLLM is from itself; with
+`--stock-seconds` the arrivals of the next step, too, served by its own loading.  Then a cache
+attaches, and requests arrive at random, by popularity, for `--seconds`: more adapters than
 slots, and than fit in host memory, so they come and go all the time while others decode.  Every
 answer is compared with vLLM's, its tokens and the log probabilities of the five likeliest.  At the
 end some adapters are leased, and their slots compared number for number.
@@ -144,44 +145,63 @@ def judge(answers: list[tuple[Question, Answer]], expected: Answers) -> Row:
     return {"answers": len(answers), "equal": equal, "logprobs_equal": bits, "wrong": wrong}
 
 
+class Arrivals(NamedTuple):
+    """What came of requests that arrived at random."""
+
+    answers: list[tuple[Question, Answer]]
+    waits_s: list[float]
+    seconds: float
+
+
+async def at_random(rig: Rig, cache: Any, seconds: float) -> Arrivals:
+    """Requests arrive by a Poisson process, for adapters by their popularity."""
+    options = rig.options
+    rng = random.Random(options.seed)
+    weights = [(rank + 1) ** -0.8 for rank in range(len(rig.adapters))]
+    answers: list[tuple[Question, Answer]] = []
+    waits: list[float] = []
+
+    async def ask(adapter: int, which: int) -> None:
+        began = time.monotonic()
+        first = final = None
+        async for output in cache.generate(
+            prompt(which, options.tiny), rig.params, rig.adapters[adapter]
+        ):
+            first = first or time.monotonic() - began
+            final = output.outputs[0]
+        waits.append(first or 0.0)
+        answers.append(((adapter, which), Answer.of(final)))
+
+    await cache.prefetch(rig.adapters, tier="disk")
+    tasks: set[asyncio.Task[None]] = set()
+    due = began = time.monotonic()
+    while (due := due + rng.expovariate(options.rate)) < began + seconds:
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        (adapter,) = rng.choices(range(len(rig.adapters)), weights)
+        task = asyncio.create_task(ask(adapter, rng.randrange(PROMPTS)))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+    await asyncio.gather(*tasks)
+    return Arrivals(answers, sorted(waits), time.monotonic() - began)
+
+
+async def stock(rig: Rig, expected: Answers) -> Row:
+    """VLLM's own loading under such arrivals: its batches are then of other sizes, too."""
+    from lora_cache import AsyncLoraCache
+
+    async with AsyncLoraCache(rig.llm, engine="stock", policy="lru", publish=False) as cache:
+        found = await at_random(rig, cache, rig.options.stock_seconds)
+    return judge(found.answers, expected) | {"seconds": round(found.seconds, 1)}
+
+
 async def soak(rig: Rig, expected: Answers, native: dict[int, list[Any]]) -> tuple[Row, Row]:
     """Random arrivals through the cache; then the slots of some adapters."""
     import torch
 
     from lora_cache import AsyncLoraCache
 
-    options = rig.options
-    rng = random.Random(options.seed)
-    weights = [(rank + 1) ** -0.8 for rank in range(len(rig.adapters))]
-    answers: list[tuple[Question, Answer]] = []
-    waits: list[float] = []
     async with AsyncLoraCache(rig.llm, engine="resident", policy="lru", publish=False) as cache:
-        await cache.prefetch(rig.adapters, tier="disk")
-
-        async def ask(adapter: int, which: int) -> None:
-            began = time.monotonic()
-            first = final = None
-            async for output in cache.generate(
-                prompt(which, options.tiny), rig.params, rig.adapters[adapter]
-            ):
-                first = first or time.monotonic() - began
-                final = output.outputs[0]
-            waits.append(first or 0.0)
-            answers.append(((adapter, which), Answer.of(final)))
-
-        tasks: set[asyncio.Task[None]] = set()
-        began = time.monotonic()
-        until = began + options.seconds
-        due = began
-        while (due := due + rng.expovariate(options.rate)) < until:
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            (adapter,) = rng.choices(range(len(rig.adapters)), weights)
-            task = asyncio.create_task(ask(adapter, rng.randrange(PROMPTS)))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-        await asyncio.gather(*tasks)
-        seconds = time.monotonic() - began
-
+        answers, waits, seconds = await at_random(rig, cache, rig.options.seconds)
         slots_equal = 0
         for adapter, held in native.items():
             async with cache.lease(rig.adapters[adapter]) as lease:
@@ -194,7 +214,6 @@ async def soak(rig: Rig, expected: Answers, native: dict[int, list[Any]]) -> tup
         drift = await cache.reconcile()
         stats = cache.stats()
         engine: Any = cache._engine
-        waits.sort()
         row: Row = judge(answers, expected) | {
             "seconds": round(seconds, 1),
             "adapters_used": len({adapter for (adapter, _), _ in answers}),
@@ -264,6 +283,8 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
     again = rng.sample(questions, min(len(questions), 8 * options.slots))
     itself = judge(list(rig.native_answers(again).items()), expected)
     print(json.dumps({"start_s": round(started_s, 1), "stock_against_itself": itself}), flush=True)
+    at_random = asyncio.run(stock(rig, expected)) if options.stock_seconds else None
+    print(json.dumps({"stock_at_random": at_random}), flush=True)
     resident, slots = asyncio.run(soak(rig, expected, native))
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -278,6 +299,7 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
         "adapters_in_host_memory": options.host,
         "distinct_answers": len({tuple(answer.tokens) for answer in expected.values()}),
         "stock_against_itself": itself,
+        "stock_at_random": at_random,
         "resident_against_stock": resident,
         "slot_tensors": slots,
     }
@@ -290,6 +312,7 @@ def main() -> int:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--host", type=int, default=60, help="max_cpu_loras")
     parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--stock-seconds", type=float, default=0, help="the same for stock vLLM")
     parser.add_argument("--rate", type=float, default=10, help="requests a second")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
