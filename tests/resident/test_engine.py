@@ -95,7 +95,7 @@ def test_what_the_packer_does_not_know_takes_the_slow_path(
                 async with cache.lease(odd) as lease:
                     (slot,) = [s for s, key in engine.slots().items() if key == lease.key]
                     assert all(map(torch.equal, in_slot(resident_llm, slot), expected))
-                    assert engine._images._images[lease.key].offsets == []
+                    assert engine._images._images[lease.key].room is None
                 for path in adapters[:3]:
                     await answer(cache, path)
             stats = cache.stats()

@@ -156,13 +156,15 @@ class ResidentEngine(ManagedVllm):
 
     async def _release(self) -> None:
         await self._workers.close()
+        if self._images is not None:
+            await self._images.close()
+            self._images = None
         if self._line is not None:
             await self._line.close()
             self._line = None
         if self._arena is not None:
             self._arena.close()
             self._arena = None
-        self._images = None
         self._slots.clear()
         self._reserved.clear()
 
@@ -176,7 +178,7 @@ class ResidentEngine(ManagedVllm):
             leaving = [key for key in (*move.demote, *move.drop) if key not in demoted]
             await self._empty(leaving)
             if self._images is not None:
-                await self._images.drop(move.drop)
+                await self._images.drop(move.drop, again=adapter is not None)
         except TransitionFailedError:
             raise
         except WorkerError as error:
@@ -211,7 +213,7 @@ class ResidentEngine(ManagedVllm):
                 demoted.append(victim)
             await self._give_up(slot, adapter.key, victim)
             if fresh:
-                await self._images.drop([adapter.key])
+                await self._images.drop([adapter.key], again=True)
             raise TransitionFailedError(
                 self._error(error, f"vLLM could not load {adapter.key}", adapter.key),
                 demoted=demoted,
@@ -235,9 +237,9 @@ class ResidentEngine(ManagedVllm):
         displaces = 0 if victim is None else self._id_of(victim)
 
         def load(op: int, worker: int) -> wire.ToAgent:
-            if not image.offsets:
+            if (room := image.room) is None:
                 return wire.LoadNative(op, image.lora_id, slot, str(adapter.path), displaces)
-            where = image.offsets[worker], image.nbytes[worker], image.contents[worker]
+            where = room.offsets[worker], room.nbytes[worker], image.contents[worker]
             return wire.Load(op, image.lora_id, slot, *where, displaces)
 
         began = time.perf_counter()

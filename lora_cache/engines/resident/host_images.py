@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.engines.resident import jobs, wire
-from lora_cache.engines.resident.arena import Arena, ArenaFullError
+from lora_cache.engines.resident.arena import Arena
 from lora_cache.engines.resident.layout import Contents
 from lora_cache.engines.resident.packing_line import PackingLine
-from lora_cache.engines.resident.workers import Workers
+from lora_cache.engines.resident.rooms import Room, Rooms
+from lora_cache.engines.resident.workers import WorkerError, Workers
 from lora_cache.errors import CannotPackError
+from lora_cache.waiting import until_done
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,7 @@ class LoadTimes:
     Attributes:
         examined: reading what the adapter holds, or the header of its packed image.
         packed: until its image was in host memory: packed, or read from disk.
-        locked: page-locking the image.
+        locked: until it was page-locked, which begins when packing does.
         commanded: from the command to the workers until the last one had published it.
         waited: the workers, for steps that still read the slot; the longest.
         copied: the image across the bus; the longest.
@@ -47,15 +51,18 @@ class LoadTimes:
 
 @dataclass(frozen=True)
 class Image:
-    """A packed adapter in the arena, one stretch a worker.
+    """A packed adapter in the arena.
 
-    None at all for an adapter that only vLLM's loader knows: the workers keep what that made.
+    Attributes:
+        lora_id: vLLM's name for it.
+        contents: what its image has, one a worker.
+        room: where the image is; None for an adapter that only vLLM's loader knows: the workers
+            keep what that made.
     """
 
     lora_id: int
     contents: list[Contents] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    nbytes: list[int] = field(default_factory=list)
+    room: Room | None = None
 
 
 class HostImages:
@@ -69,8 +76,8 @@ class HostImages:
 
     def __init__(self, workers: Workers, arena: Arena, line: PackingLine) -> None:
         self._workers = workers
-        self._arena = arena
         self._line = line
+        self._rooms = Rooms(workers, arena, line)
         self._images: dict[AdapterKey, Image] = {}
         #: How many adapters the packer did not know, so far.
         self.unpacked = 0
@@ -108,62 +115,54 @@ class HostImages:
             path = str(adapter.path)
             await self._workers.command(lambda op, _: wire.LoadNative(op, lora_id, -1, path))
             image = Image(lora_id)
-        else:
-            await self._lock(image, times)
         self._images[adapter.key] = image
         return image
 
-    async def drop(self, keys: Iterable[AdapterKey]) -> None:
+    async def drop(self, keys: Iterable[AdapterKey], *, again: bool = False) -> None:
         """Let go of these; of what is not there, nothing.
+
+        Args:
+            again: they make room for another.
 
         Raises:
             WorkerError: a worker is lost.
         """
         gone = [self._images.pop(key) for key in keys if key in self._images]
-        await self._free([offset for image in gone for offset in image.offsets])
-        native = [image.lora_id for image in gone if not image.offsets]
+        for room in [image.room for image in gone if image.room]:
+            await self._rooms.leave(room, again=again)
+        native = [image.lora_id for image in gone if image.room is None]
         if native:
             await self._workers.command(lambda op, _: wire.Unload(op, native, forget=True))
+
+    async def conserve(self, is_scarce: bool) -> None:
+        """Memory is scarce: hold none beyond the images; or it is no more.
+
+        Raises:
+            WorkerError: a worker is lost.
+        """
+        await self._rooms.conserve(is_scarce)
+
+    async def close(self) -> None:
+        """Let the background work end; the workers may be gone."""
+        await self._rooms.close()
 
     async def _pack(self, adapter: Adapter, lora_id: int, urgent: bool, times: LoadTimes) -> Image:
         wanted = jobs.Wanted(str(adapter.path), adapter.key.digest, adapter.stamp, urgent)
         began = time.perf_counter()
         contents, nbytes = await self._line.examine(wanted)
         times.examined = time.perf_counter() - began
-        offsets: list[int] = []
+        room = await self._rooms.take(nbytes)
+        # Both bring the pages in, each those that the other has not yet.
+        locking = asyncio.ensure_future(self._rooms.lock(room))
         try:
-            for length in nbytes:
-                offsets.append(await self._allocate(length))
-            await self._line.pack(wanted, offsets, nbytes)
+            await self._line.pack(wanted, room.offsets, nbytes)
+            times.packed = time.perf_counter() - began - times.examined
+            await locking
         except BaseException:
-            self._line.free(offsets)
+            with suppress(WorkerError):
+                await until_done(locking)
+                await self._rooms.leave(room, again=False)
             raise
-        times.packed = time.perf_counter() - began - times.examined
-        return Image(lora_id, contents, offsets, nbytes)
-
-    async def _allocate(self, nbytes: int) -> int:
-        while True:
-            try:
-                return self._arena.allocate(nbytes)
-            except ArenaFullError:
-                # What was evicted a moment ago may still be on its way to the disk.
-                if not await self._line.wait_for_room():
-                    raise
-
-    async def _lock(self, image: Image, times: LoadTimes) -> None:
-        """Have every worker make an image ready for fast copying."""
-        began = time.perf_counter()
-        try:
-            await self._workers.command(
-                lambda op, worker: wire.PageLock(op, image.offsets[worker], image.nbytes[worker])
-            )
-        except BaseException:
-            await self._free(image.offsets)
-            raise
-        times.locked = time.perf_counter() - began
-
-    async def _free(self, offsets: list[int]) -> None:
-        """Give back what images took, once no worker's GPU can read it any more."""
-        if offsets:
-            await self._workers.command(lambda op, _: wire.PageUnlock(op, offsets))
-            self._line.free(offsets)
+        times.locked = time.perf_counter() - began - times.examined - times.packed
+        self._rooms.prepare(nbytes)
+        return Image(lora_id, contents, room)

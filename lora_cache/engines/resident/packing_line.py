@@ -118,6 +118,10 @@ class PackingLine:
             else:
                 self._arena.free(offset)
 
+    def is_using(self, offsets: Iterable[int]) -> bool:
+        """Whether the packer may still read or write at one of these."""
+        return any(offset in self._in_use for offset in offsets)
+
     async def wait_for_room(self) -> bool:
         """Wait until something that was freed is free; false if there is nothing to wait for."""
         if not self._unwanted:

@@ -1,0 +1,161 @@
+"""Where images go: stretches of the arena, page-locked, ready before they are needed.
+
+A page that nobody has written yet costs ten times what writing it does: the system clears it, CUDA
+locks it.  So the room of an image that makes way for another is not given back, but used again as
+it is; and while there is none, one is made ready ahead, in the background.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from lora_cache.engines.resident import wire
+from lora_cache.engines.resident.arena import Arena, ArenaFullError
+from lora_cache.engines.resident.packing_line import PackingLine
+from lora_cache.engines.resident.workers import WorkerError, Workers
+
+logger = logging.getLogger(__name__)
+
+#: Rooms that wait for an image, at most: the arena has as much beyond the budget.
+MOST_READY = 2
+
+
+@dataclass(eq=False)
+class Room:
+    """For one image, or for one that is gone.
+
+    Attributes:
+        offsets, nbytes: its stretch of the arena, one a worker.
+        is_locked: the workers have it page-locked, or have begun to.
+    """
+
+    offsets: list[int]
+    nbytes: list[int]
+    is_locked: bool = False
+
+
+class Rooms:
+    """Allocates, page-locks and reuses rooms.  One event loop.
+
+    Args:
+        workers: of the engine.
+        arena: what is allocated.
+        line: whose packer writes there, and reads what it keeps on disk.
+
+    Attributes:
+        reused: how many images came into a room that was ready.
+    """
+
+    def __init__(self, workers: Workers, arena: Arena, line: PackingLine) -> None:
+        self._workers = workers
+        self._arena = arena
+        self._line = line
+        self._ready: list[Room] = []  # the oldest first
+        self._preparing: asyncio.Task[None] | None = None
+        self._is_scarce = False
+        self.reused = 0
+
+    async def take(self, nbytes: list[int]) -> Room:
+        """Room for an image; it need not be page-locked yet.
+
+        Args:
+            nbytes: of the image, one a worker.
+
+        Raises:
+            ArenaFullError: there is none.
+            WorkerError: a worker is lost.
+        """
+        for room in self._ready:
+            # Of the same size: what is larger would waste what the budget has not.
+            if room.nbytes == nbytes and not self._line.is_using(room.offsets):
+                self._ready.remove(room)
+                self.reused += 1
+                return room
+        room = Room([], nbytes)
+        try:
+            for length in nbytes:
+                room.offsets.append(await self._allocate(length))
+        except BaseException:
+            self._line.free(room.offsets)
+            raise
+        return room
+
+    async def lock(self, room: Room) -> None:
+        """Have every worker make it ready for fast copying.
+
+        Raises:
+            WorkerError: a worker is lost; the room is still to be left.
+        """
+        if not room.is_locked:
+            room.is_locked = True
+            await self._workers.command(
+                lambda op, worker: wire.PageLock(op, room.offsets[worker], room.nbytes[worker])
+            )
+
+    async def leave(self, room: Room, *, again: bool) -> None:
+        """Nobody needs what is in a room any more, and no slot is being written from it.
+
+        Args:
+            again: another image is likely to come; otherwise it is given back to the system.
+
+        Raises:
+            WorkerError: a worker is lost.
+        """
+        if again and room.is_locked and not self._is_scarce:
+            self._ready.append(room)
+            room = self._ready.pop(0) if len(self._ready) > MOST_READY else Room([], [])
+        await self._give_back(room)
+
+    def prepare(self, nbytes: list[int]) -> None:
+        """See to it that there is a room of this size, soon."""
+        ready = any(room.nbytes == nbytes for room in self._ready)
+        if not ready and self._preparing is None and not self._is_scarce:
+            self._preparing = asyncio.create_task(self._prepare(nbytes), name="lora-cache-room")
+
+    async def conserve(self, is_scarce: bool) -> None:
+        """Memory is scarce: keep nothing that is not in use; or it is no more.
+
+        Raises:
+            WorkerError: a worker is lost.
+        """
+        self._is_scarce = is_scarce
+        while is_scarce and self._ready:
+            await self._give_back(self._ready.pop())
+
+    async def close(self) -> None:
+        """Stop preparing."""
+        if self._preparing is not None:
+            await asyncio.wait([self._preparing])
+
+    async def _prepare(self, nbytes: list[int]) -> None:
+        room = Room([], nbytes)
+        try:
+            for length in nbytes:
+                room.offsets.append(self._arena.allocate(length))
+            await self.lock(room)
+            await self.leave(room, again=True)
+        except ArenaFullError:
+            self._line.free(room.offsets)
+        except WorkerError:
+            logger.info("no room could be made ready", exc_info=True)
+        finally:
+            self._preparing = None
+
+    async def _allocate(self, nbytes: int) -> int:
+        while True:
+            try:
+                return self._arena.allocate(nbytes)
+            except ArenaFullError:
+                if self._ready:
+                    await self._give_back(self._ready.pop(0))
+                # What was evicted a moment ago may still be on its way to the disk.
+                elif not await self._line.wait_for_room():
+                    raise
+
+    async def _give_back(self, room: Room) -> None:
+        """Once no worker's GPU can read it any more."""
+        if room.is_locked:
+            await self._workers.command(lambda op, _: wire.PageUnlock(op, room.offsets))
+        self._line.free(room.offsets)
