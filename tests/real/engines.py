@@ -41,6 +41,7 @@ TARGETS = [
 
 
 def engine_arguments(model: Path, **changes: Any) -> dict[str, Any]:
+    _inspect_models_here()
     return {
         "model": str(model),
         "skip_tokenizer_init": True,
@@ -57,6 +58,16 @@ def engine_arguments(model: Path, **changes: Any) -> dict[str, Any]:
         "disable_log_stats": True,
         **changes,
     }
+
+
+def _inspect_models_here() -> None:
+    """Where nobody did before, vLLM looks at each model's class in a new process.
+
+    That is to keep CUDA out of this one.  It takes as long as importing vLLM, for each class.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
 
 
 @pytest.fixture(scope="session")
