@@ -31,6 +31,12 @@ MAX_LORAS, MAX_CPU_LORAS, MAX_RANK = 3, 7, 16
 #: with it.  So all of them live as long as the tests.
 ALIVE: list[Any] = []
 
+#: What tests share that takes as long to make as many of them take: one of pytest's processes
+#: makes it, and runs all that use it.
+ASYNC_LLM = pytest.mark.xdist_group("async_llm")
+RESIDENT_ASYNC_LLM = pytest.mark.xdist_group("resident_async_llm")
+DEMO_MODEL = pytest.mark.xdist_group("demo_model")
+
 TARGETS = [
     ("q_proj", "v_proj"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
