@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +35,7 @@ ALIVE: list[Any] = []
 #: makes it, and runs all that use it.
 ASYNC_LLM = pytest.mark.xdist_group("async_llm")
 RESIDENT_ASYNC_LLM = pytest.mark.xdist_group("resident_async_llm")
+TWO_WORKERS = pytest.mark.xdist_group("two_workers")
 DEMO_MODEL = pytest.mark.xdist_group("demo_model")
 
 TARGETS = [
@@ -135,12 +136,17 @@ def resident_llm(tiny_model: Path) -> Any:
 
 @contextmanager
 def start_async_llm(
-    model: Path, *, resident: bool = False, **changes: Any
+    model: Path,
+    *,
+    resident: bool = False,
+    environment: Mapping[str, str] | None = None,
+    **changes: Any,
 ) -> Iterator[tuple[Any, asyncio.Runner]]:
     """An `AsyncLLM` (always a process of its own), and the loop it lives on.
 
     Args:
         resident: let its workers be taken over.
+        environment: of its processes.
     """
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -153,6 +159,8 @@ def start_async_llm(
         # Only while it starts: caches that are told nothing look at it, too.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(SWITCH, "1" if resident else "0")
+            for name, value in (environment or {}).items():
+                patch.setenv(name, value)
             llm = runner.run(start())
         yield llm, runner
         llm.shutdown()
@@ -169,6 +177,24 @@ def async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
 def resident_async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
     """One `AsyncLLM` for the resident engine."""
     with start_async_llm(tiny_model, resident=True, max_cpu_loras=MAX_CPU_LORAS - 1) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def two_workers(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """One `AsyncLLM` for the resident engine, with two workers, which tell what they allocated."""
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
+    }
+    arguments = {
+        "tensor_parallel_size": 2,
+        "max_cpu_loras": 6,
+        "worker_extension_cls": "tests.plan.allocated.WorkerThatTells",
+    }
+    with start_async_llm(
+        tiny_model, resident=True, environment=environment, **arguments
+    ) as started:
         yield started
 
 
