@@ -49,7 +49,7 @@ def lora_bytes(manager: Any) -> tuple[int, int]:
 def weight_bytes(model: Any) -> int:
     """Bytes of all distinct parameters."""
     storages = [parameter.untyped_storage() for parameter in model.parameters()]
-    held = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    held: int = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
     return held + sum(map(_repacked_bytes, model.modules()))
 
 

@@ -84,6 +84,7 @@ def test_a_killed_packer_is_started_anew(
     assert directories() == before
 
 
+@pytest.mark.long
 def test_a_killed_engine_is_one_clear_error(tiny_model: Path, adapters: list[Path]) -> None:
     before, threads = directories(), threading.active_count()
     others = {child.pid for child in children("VLLM")}
