@@ -149,7 +149,12 @@ def start_async_llm(
         environment: of its processes.
     """
     from vllm import AsyncEngineArgs
+    from vllm.plugins import load_general_plugins
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    # Once a process, and here while the switch is off: in-process engines stay vLLM's own, also
+    # those that are made later.
+    load_general_plugins()
 
     async def start() -> Any:
         arguments = engine_arguments(model, **changes)
