@@ -7,6 +7,10 @@ else
 export UV_TORCH_BACKEND := cpu
 endif
 
+# Compiled modules are kept, whatever the environment says: without them each process that imports
+# vLLM compiles five thousand files anew, which takes as long again as the import.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv

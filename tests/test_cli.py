@@ -20,6 +20,7 @@ from lora_cache.demo.catalogue import ADAPTERS, adapter_dir
 from lora_cache.demo.run import traffic
 from lora_cache.status import StatusFile
 from lora_cache.testing import FakeEngine, FakeSource
+from tests.real.engines import DEMO_MODEL
 from tests.test_status import PERIOD_S, until_written
 
 
@@ -214,6 +215,7 @@ def test_demo_refuses_an_unknown_policy_at_once() -> None:
 
 
 @pytest.mark.vllm
+@DEMO_MODEL
 @pytest.mark.timeout(600)
 def test_demo() -> None:
     result = python("-m", "lora_cache", "demo", "--json", timeout=580)

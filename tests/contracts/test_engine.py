@@ -21,7 +21,13 @@ from lora_cache.errors import ConfigError, EngineError, LoadFailedError
 from lora_cache.planner import Transition
 from lora_cache.sources import LocalSource
 from lora_cache.testing import FakeEngine, FakeSource
-from tests.real.engines import MAX_CPU_LORAS, MAX_LORAS, MAX_RANK
+from tests.real.engines import (
+    ASYNC_LLM,
+    MAX_CPU_LORAS,
+    MAX_LORAS,
+    MAX_RANK,
+    RESIDENT_ASYNC_LLM,
+)
 from tests.real.parts import write_adapter
 
 SLOTS, HOST = MAX_LORAS, MAX_CPU_LORAS - 1
@@ -84,9 +90,9 @@ def _real_bench(
     params=[
         "fake",
         pytest.param("stock-llm", marks=pytest.mark.vllm),
-        pytest.param("stock-async-llm", marks=pytest.mark.vllm),
+        pytest.param("stock-async-llm", marks=[pytest.mark.vllm, ASYNC_LLM]),
         pytest.param("resident-llm", marks=pytest.mark.vllm),
-        pytest.param("resident-async-llm", marks=pytest.mark.vllm),
+        pytest.param("resident-async-llm", marks=[pytest.mark.vllm, RESIDENT_ASYNC_LLM]),
     ]
 )
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:

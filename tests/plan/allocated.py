@@ -49,7 +49,33 @@ def lora_bytes(manager: Any) -> tuple[int, int]:
 def weight_bytes(model: Any) -> int:
     """Bytes of all distinct parameters."""
     storages = [parameter.untyped_storage() for parameter in model.parameters()]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    held: int = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    return held + sum(map(_repacked_bytes, model.modules()))
+
+
+def _repacked_bytes(layer: Any) -> int:
+    """What is missing where vLLM has repacked a layer: some CPUs have kernels that want that.
+
+    The parameter is left empty then, and a bias may have become one of float32.
+    """
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or weight.numel() or not hasattr(layer, "cpu_linear"):
+        return 0
+    inputs = getattr(layer, "input_size_per_partition", layer.input_size)
+    numbers = inputs * getattr(layer, "output_size_per_partition", layer.output_size)
+    grown = 0 if bias is None else bias.nbytes - bias.numel() * weight.element_size()
+    return int(numbers * weight.element_size() - grown)
+
+
+class WorkerThatTells:
+    """What a worker of vLLM's is extended by, to be asked by name."""
+
+    model_runner: Any
+
+    def allocated(self) -> tuple[int, int]:
+        """Bytes of slots and what is beside them, and of weights."""
+        manager = self.model_runner.lora_manager._adapter_manager
+        return sum(lora_bytes(manager)), weight_bytes(self.model_runner.model)
 
 
 Build = Callable[..., Allocated]

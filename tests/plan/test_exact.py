@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +15,7 @@ from lora_cache.plan import MAX_LORA_RANKS, SlotSettings, read_model, slot_cost
 from lora_cache.plan.architectures import KNOWN
 from tests.plan.allocated import Build, lora_bytes, weight_bytes
 from tests.plan.configs import ARCHITECTURES, PUBLISHED, tiny, write_config
-from tests.real.engines import ALIVE, engine_arguments
+from tests.real.engines import ALIVE, MAX_LORAS, TWO_WORKERS, engine_arguments
 
 pytestmark = pytest.mark.vllm
 
@@ -56,6 +56,13 @@ def test_slots_and_weights(tmp_path: Path, build: Build, name: str, tp: int, sha
         total = expected(directory, max_loras, tp=tp, fully_sharded=sharded)
         assert found.slots + found.reordering == total
         assert found.weights == read_model(directory).weight_bytes(tp)
+
+
+def test_more_workers_than_heads_of_keys(tmp_path: Path, build: Build) -> None:
+    directory = tiny(tmp_path, "qwen3", num_key_value_heads=1)
+    found = build(directory, 2, max_loras=4, max_lora_rank=RANK)
+    assert found.slots + found.reordering == expected(directory, 4, tp=2)
+    assert found.weights == read_model(directory).weight_bytes(2)
 
 
 @pytest.mark.parametrize("tp", [1, 8])
@@ -190,33 +197,13 @@ def test_an_engine_that_runs(tmp_path: Path, name: str, max_loras: int) -> None:
     assert weight_bytes(runner.model) == read_model(directory).weight_bytes(1)
 
 
-def _of_worker(worker: Any) -> tuple[int, int]:
-    """Runs in each worker of a tensor-parallel engine."""
-    manager = worker.model_runner.lora_manager._adapter_manager
-    return sum(lora_bytes(manager)), weight_bytes(worker.model_runner.model)
-
-
-@pytest.mark.timeout(280)
-def test_two_workers_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import LLM
-
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # to call a function of ours there
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-    )
-    directory = tiny(tmp_path, "qwen3", num_key_value_heads=1)
-    arguments = engine_arguments(
-        directory, load_format="dummy", dtype="bfloat16", tensor_parallel_size=2, max_loras=4
-    )
-    llm = LLM(**arguments)
-    try:
-        found = llm.collective_rpc(_of_worker)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-    weights = read_model(directory).weight_bytes(2)
-    assert found == [(expected(directory, 4, tp=2), weights)] * 2
+@TWO_WORKERS
+def test_two_workers_that_run(tiny_model: Path, two_workers: tuple[Any, asyncio.Runner]) -> None:
+    target, runner = two_workers
+    found = runner.run(target.collective_rpc("allocated"))
+    weights = read_model(tiny_model, dtype="float32").weight_bytes(2)
+    one = (expected(tiny_model, MAX_LORAS, "float32", tp=2), weights)
+    assert [tuple(each) for each in found] == [one] * 2
 
 
 def test_indices_of_a_batch(tmp_path: Path) -> None:

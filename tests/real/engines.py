@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +31,13 @@ MAX_LORAS, MAX_CPU_LORAS, MAX_RANK = 3, 7, 16
 #: with it.  So all of them live as long as the tests.
 ALIVE: list[Any] = []
 
+#: What tests share that takes as long to make as many of them take: one of pytest's processes
+#: makes it, and runs all that use it.
+ASYNC_LLM = pytest.mark.xdist_group("async_llm")
+RESIDENT_ASYNC_LLM = pytest.mark.xdist_group("resident_async_llm")
+TWO_WORKERS = pytest.mark.xdist_group("two_workers")
+DEMO_MODEL = pytest.mark.xdist_group("demo_model")
+
 TARGETS = [
     ("q_proj", "v_proj"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -41,6 +48,7 @@ TARGETS = [
 
 
 def engine_arguments(model: Path, **changes: Any) -> dict[str, Any]:
+    _inspect_models_here()
     return {
         "model": str(model),
         "skip_tokenizer_init": True,
@@ -57,6 +65,16 @@ def engine_arguments(model: Path, **changes: Any) -> dict[str, Any]:
         "disable_log_stats": True,
         **changes,
     }
+
+
+def _inspect_models_here() -> None:
+    """Where nobody did before, vLLM looks at each model's class in a new process.
+
+    That is to keep CUDA out of this one.  It takes as long as importing vLLM, for each class.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
 
 
 @pytest.fixture(scope="session")
@@ -118,15 +136,25 @@ def resident_llm(tiny_model: Path) -> Any:
 
 @contextmanager
 def start_async_llm(
-    model: Path, *, resident: bool = False, **changes: Any
+    model: Path,
+    *,
+    resident: bool = False,
+    environment: Mapping[str, str] | None = None,
+    **changes: Any,
 ) -> Iterator[tuple[Any, asyncio.Runner]]:
     """An `AsyncLLM` (always a process of its own), and the loop it lives on.
 
     Args:
         resident: let its workers be taken over.
+        environment: of its processes.
     """
     from vllm import AsyncEngineArgs
+    from vllm.plugins import load_general_plugins
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    # Once a process, and here while the switch is off: in-process engines stay vLLM's own, also
+    # those that are made later.
+    load_general_plugins()
 
     async def start() -> Any:
         arguments = engine_arguments(model, **changes)
@@ -136,6 +164,8 @@ def start_async_llm(
         # Only while it starts: caches that are told nothing look at it, too.
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(SWITCH, "1" if resident else "0")
+            for name, value in (environment or {}).items():
+                patch.setenv(name, value)
             llm = runner.run(start())
         yield llm, runner
         llm.shutdown()
@@ -152,6 +182,24 @@ def async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
 def resident_async_llm(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
     """One `AsyncLLM` for the resident engine."""
     with start_async_llm(tiny_model, resident=True, max_cpu_loras=MAX_CPU_LORAS - 1) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def two_workers(tiny_model: Path) -> Iterator[tuple[Any, asyncio.Runner]]:
+    """One `AsyncLLM` for the resident engine, with two workers, which tell what they allocated."""
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]),
+    }
+    arguments = {
+        "tensor_parallel_size": 2,
+        "max_cpu_loras": 6,
+        "worker_extension_cls": "tests.plan.allocated.WorkerThatTells",
+    }
+    with start_async_llm(
+        tiny_model, resident=True, environment=environment, **arguments
+    ) as started:
         yield started
 
 

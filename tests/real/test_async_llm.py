@@ -13,6 +13,7 @@ import pytest
 from lora_cache import AsyncLoraCache
 from lora_cache.errors import EngineError, LeaseTimeoutError, LoadFailedError, PinnedError
 from lora_cache.testing import RandomPolicy
+from tests.real.engines import ASYNC_LLM, RESIDENT_ASYNC_LLM
 from tests.real.parts import write_adapter
 from tests.real.test_stock_engine import greedy, prompt
 
@@ -20,7 +21,12 @@ pytestmark = pytest.mark.vllm
 
 
 @pytest.mark.parametrize(
-    ("engine", "policy"), [("stock", "lru"), ("stock", "random"), ("resident", "random")]
+    ("engine", "policy"),
+    [
+        pytest.param("stock", "lru", marks=ASYNC_LLM),
+        pytest.param("stock", "random", marks=ASYNC_LLM),
+        pytest.param("resident", "random", marks=RESIDENT_ASYNC_LLM),
+    ],
 )
 def test_random_traffic_and_every_way_to_end_a_request(
     request: pytest.FixtureRequest, adapters: list[Path], engine: str, policy: str
@@ -92,6 +98,7 @@ def test_random_traffic_and_every_way_to_end_a_request(
     runner.run(asyncio.wait_for(main(broken), 200))
 
 
+@ASYNC_LLM
 def test_a_refused_request_is_ours_and_leaks_nothing(
     async_llm: tuple[Any, asyncio.Runner], adapters: list[Path]
 ) -> None:

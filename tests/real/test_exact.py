@@ -14,9 +14,9 @@ import pytest
 from lora_cache import AsyncLoraCache
 from lora_cache.demo.catalogue import adapter_dir
 from lora_cache.demo.model import prepare_model
-from tests.real.engines import ALIVE, engine_arguments
+from tests.real.engines import ALIVE, DEMO_MODEL, engine_arguments
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, DEMO_MODEL]
 
 ADAPTERS = ("pirate", "robot", "detective")  # plain, scale 5/3, and rsLoRA
 PROMPT = "What is a volcano?"

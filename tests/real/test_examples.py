@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from lora_cache.demo.catalogue import adapter_dir
+from tests.real.engines import DEMO_MODEL
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, DEMO_MODEL]
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 

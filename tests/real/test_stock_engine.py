@@ -93,6 +93,7 @@ def test_tokens_equal_plain_vllm_and_differ_between_adapters(
     [LRU, LFU, partial(RandomPolicy, 1), partial(RandomPolicy, 2)],
     ids=("lru", "lfu", "r1", "r2"),
 )
+@pytest.mark.long
 def test_random_traffic_never_disagrees(
     llm: Any, adapters: list[Path], policy: Callable[[], Policy]
 ) -> None:

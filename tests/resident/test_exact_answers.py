@@ -78,6 +78,7 @@ def corrupt(llm: Any, lora: Any) -> None:
         next(t for t in slot_tensors(manager, slot) if t.any()).view(-1)[0] += 1
 
 
+@pytest.mark.long
 def test_every_token_and_log_probability_is_the_same(
     engines: tuple[Any, Any], adapters: list[Path]
 ) -> None:

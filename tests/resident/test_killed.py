@@ -20,7 +20,7 @@ import pytest
 
 from lora_cache import AsyncLoraCache
 from lora_cache.errors import EngineDeadError
-from tests.real.engines import MAX_CPU_LORAS, start_async_llm
+from tests.real.engines import MAX_CPU_LORAS, RESIDENT_ASYNC_LLM, start_async_llm
 from tests.real.test_stock_engine import greedy, prompt
 
 pytestmark = pytest.mark.vllm
@@ -61,6 +61,7 @@ async def answer(cache: AsyncLoraCache, adapter: Path) -> list[int]:
     return list(last.outputs[0].token_ids)
 
 
+@RESIDENT_ASYNC_LLM
 def test_a_killed_packer_is_started_anew(
     resident_async_llm: tuple[Any, asyncio.Runner], adapters: list[Path]
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_killed_packer_is_started_anew(
     assert directories() == before
 
 
+@pytest.mark.long
 def test_a_killed_engine_is_one_clear_error(tiny_model: Path, adapters: list[Path]) -> None:
     before, threads = directories(), threading.active_count()
     others = {child.pid for child in children("VLLM")}
@@ -127,6 +129,7 @@ asyncio.run(main())
 """
 
 
+@RESIDENT_ASYNC_LLM
 def test_a_killed_user_leaves_nothing(
     tiny_model: Path,
     adapters: list[Path],

@@ -17,43 +17,75 @@ from lora_cache.engines.resident import compat, plugin
 
 pytestmark = pytest.mark.vllm
 
+SWITCHED = pytest.mark.xdist_group("switched")
+
+#: What a process finds, by what its environment says and what it imports first.
+CASES = {
+    "off": (None, ""),
+    "on": ("1", ""),
+    "on, late": ("1", "import vllm.v1.worker.lora_model_runner_mixin\n"),
+}
+
+# One process imports what most of the time goes into, and nothing that the switch is about; each
+# case is a fork of it.
 ASK = """
-import sys
-from lora_cache.engines.resident import plugin
-for _ in range(3):
-    plugin.register()
-for heavy in ("lora_cache.engines.resident.worker", "vllm.lora.worker_manager"):
-    assert {vllm_first} or heavy not in sys.modules, "registering must be cheap"
-import vllm.v1.worker.lora_model_runner_mixin as mixin
-for _ in range(3):
-    plugin.register()
-load = mixin.LoRAModelRunnerMixin.load_lora_model
-print("FOUND", mixin.LRUCacheWorkerLoRAManager.__name__, hasattr(load, "__wrapped__"),
-      hasattr(getattr(load, "__wrapped__", None), "__wrapped__"),
-      sum(type(finder).__module__.startswith("lora_cache") for finder in sys.meta_path))
+import os, sys, traceback
+import vllm.config
+
+def find(name, switch, first):
+    os.environ.pop({switch_name!r}, None)
+    if switch is not None:
+        os.environ[{switch_name!r}] = switch
+    heavy = ("lora_cache.engines.resident.worker", "vllm.lora.worker_manager")
+    assert not {{*heavy, "vllm.v1.worker.lora_model_runner_mixin"}} & {{*sys.modules}}
+    exec(first)
+    from lora_cache.engines.resident import plugin
+    for _ in range(3):
+        plugin.register()
+    assert first or not {{*heavy}} & {{*sys.modules}}, "registering must be cheap"
+    import vllm.v1.worker.lora_model_runner_mixin as mixin
+    for _ in range(3):
+        plugin.register()
+    load = mixin.LoRAModelRunnerMixin.load_lora_model
+    print("FOUND", name, mixin.LRUCacheWorkerLoRAManager.__name__, hasattr(load, "__wrapped__"),
+          hasattr(getattr(load, "__wrapped__", None), "__wrapped__"),
+          sum(type(finder).__module__.startswith("lora_cache") for finder in sys.meta_path),
+          sep="|", flush=True)
+
+for name, (switch, first) in {cases!r}.items():
+    child = os.fork()
+    if child == 0:
+        try:
+            find(name, switch, first)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
 """
 
 
-def in_a_process(switch: str | None, first: str = "") -> list[str]:
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[str]]:
+    """By case: the manager, whether loading is wrapped, whether twice, and finders left over."""
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     environment |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    if switch is not None:
-        environment[SWITCH] = switch
     done = subprocess.run(
-        [sys.executable, "-c", first + ASK.format(vllm_first=bool(first))],
+        [sys.executable, "-c", ASK.format(switch_name=SWITCH, cases=CASES)],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-    return line.split()[1:]
+    lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    return {name: said for _, name, *said in lines}
 
 
-def test_inert_without_the_switch() -> None:
-    assert in_a_process(None) == ["LRUCacheWorkerLoRAManager", "False", "False", "0"]
+@SWITCHED
+def test_inert_without_the_switch(found: dict[str, list[str]]) -> None:
+    assert found["off"] == ["LRUCacheWorkerLoRAManager", "False", "False", "0"]
 
 
 @pytest.mark.parametrize("switch", ["", "0", "no"])
@@ -64,9 +96,10 @@ def test_another_value_is_no_switch(switch: str, monkeypatch: pytest.MonkeyPatch
     assert sys.meta_path == before
 
 
-@pytest.mark.parametrize("first", ["", "import vllm.v1.worker.lora_model_runner_mixin\n"])
-def test_takes_over_once_before_or_after_the_import(first: str) -> None:
-    assert in_a_process("1", first) == ["ResidentLoRAManager", "True", "False", "0"]
+@SWITCHED
+@pytest.mark.parametrize("case", ["on", "on, late"])
+def test_takes_over_once_before_or_after_the_import(case: str, found: dict[str, list[str]]) -> None:
+    assert found[case] == ["ResidentLoRAManager", "True", "False", "0"]
 
 
 @pytest.fixture

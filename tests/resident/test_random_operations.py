@@ -333,6 +333,7 @@ def play(llm: Any, shelf: Shelf, expected: Answers, chosen: Sequence[Operation])
     return done
 
 
+@pytest.mark.long
 def test_nothing_is_loaded_secretly_answered_wrongly_or_out_of_step(
     resident_llm: Any, shelf: Shelf, expected: Answers
 ) -> None:

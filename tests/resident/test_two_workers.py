@@ -9,20 +9,19 @@ from typing import Any
 import pytest
 
 from lora_cache import AsyncLoraCache
-from tests.real.engines import start_async_llm
+from tests.real.engines import TWO_WORKERS
 from tests.real.test_stock_engine import greedy, prompt
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, TWO_WORKERS]
 
 
 def test_two_workers_answer_as_vllm_does(
-    tiny_model: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+    two_workers: tuple[Any, asyncio.Runner], adapters: list[Path]
 ) -> None:
     from vllm.lora.request import LoRARequest
 
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    target, runner = two_workers
     chosen = adapters[:6]  # twice as many as slots
-    arguments = {"max_cpu_loras": 6, "tensor_parallel_size": 2}
 
     async def native(target: Any) -> list[list[int]]:
         found = []
@@ -46,8 +45,7 @@ def test_two_workers_answer_as_vllm_does(
             assert cache.stats().gpu_evictions >= 6
             return one_by_one
 
-    with start_async_llm(tiny_model, resident=True, **arguments) as (target, runner):
-        expected = runner.run(asyncio.wait_for(native(target), 100))
-        assert runner.run(asyncio.wait_for(ours(target), 100)) == expected
-        assert len({tuple(tokens) for tokens in expected}) == len(chosen)
-        assert runner.run(asyncio.wait_for(native(target), 100)) == expected, "given back"
+    expected = runner.run(asyncio.wait_for(native(target), 100))
+    assert runner.run(asyncio.wait_for(ours(target), 100)) == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(chosen)
+    assert runner.run(asyncio.wait_for(native(target), 100)) == expected, "given back"

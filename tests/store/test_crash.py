@@ -91,6 +91,7 @@ def pulls(hub: Hub, tmp_path: Path) -> Pulls:
     return Pulls(hub, tmp_path / "store")
 
 
+@pytest.mark.long
 def test_killed_at_any_moment(pulls: Pulls) -> None:
     rng = random.Random(SEED)
     pulls.hub.proxy.on(Trickle(1_000_000), WEIGHTS, times=None)
@@ -115,6 +116,7 @@ def test_killed_at_any_moment(pulls: Pulls) -> None:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.long
 def test_killed_where_it_matters(pulls: Pulls, after: bool) -> None:
     pulls.names = NAMES[:3]
     for number, point in enumerate(POINTS):
