@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,19 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import rig
-from benchmarks.gpu.rig import Answer, Managed, Plain, Row
+from lora_cache.bench.figures import spread
+from lora_cache.bench.servers import Managed, Plain, Row
+from lora_cache.bench.streams import Answer, ask
 
 BUSY = 8  # adapters of the requests that decode
 _WINDOW_S = 0.4  # after an arrival
-
-
-def spread(seconds: list[float]) -> Row:
-    """Milliseconds."""
-    return {
-        "median_ms": round(statistics.median(seconds) * 1e3, 2),
-        "p90_ms": round(rig.quantile(seconds, 0.9) * 1e3, 2),
-        "max_ms": round(max(seconds) * 1e3, 2),
-    }
 
 
 class Way:
@@ -100,20 +92,16 @@ class Parts:
 
 
 class Bench:
-    def __init__(self, options: argparse.Namespace, paths: list[Path]) -> None:
+    def __init__(self, options: argparse.Namespace, paths: list[Path], record: rig.Record) -> None:
         self.options, self.paths = options, paths
         self.rng = random.Random(options.seed)
         self.fresh: Iterator[int] = iter(range(BUSY, len(paths)))
-        self.rows: list[Row] = []
-
-    def note(self, row: Row) -> None:
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
+        self.note = record.add
 
     async def ask(self, server: Any, adapter: int, tokens: int) -> Answer:
         answer = Answer(adapter, time.perf_counter())
         words = rig.prompt(self.rng, 64, self.options.tiny)
-        return await rig.ask(server, answer, words, rig.sampling(tokens))
+        return await ask(server, answer, words, rig.sampling(tokens))
 
     async def idle(self, way: Any, parts: Parts | None) -> None:
         """Arrivals at an idle engine."""
@@ -160,7 +148,7 @@ class Bench:
                 answer = Answer(number % BUSY, time.perf_counter())
                 running.append(answer)
                 words = rig.prompt(self.rng, 64, options.tiny)
-                await rig.ask(server, answer, words, rig.sampling(1500))
+                await ask(server, answer, words, rig.sampling(1500))
 
         async def settle() -> None:
             await asyncio.sleep(0.25)
@@ -230,7 +218,7 @@ class Bench:
         return found
 
 
-async def measure(options: argparse.Namespace, root: Path, bench: Bench, model: Path) -> None:
+async def measure(options: argparse.Namespace, bench: Bench, model: Path) -> None:
     engine = rig.start_vllm(
         model,
         slots=options.slots,
@@ -276,21 +264,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    rig.stop_politely()
     number = BUSY + 4 * options.arrivals + 2 * options.slots + 80
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         rig.register_plugin(root)
         model, paths = rig.write_files(root, number, tiny=options.tiny)
-        bench = Bench(options, paths)
-        raw: Row = {} if options.tiny else {"floor": floor(root)}
-        print(json.dumps(raw), flush=True)
-        try:
-            asyncio.run(measure(options, root, bench, model))
-        finally:
-            if options.json:
-                chosen = {k: v for k, v in vars(options).items() if k != "json"}
-                raw = rig.about() | raw | {"options": chosen, "rows": bench.rows}
-                options.json.write_text(json.dumps(raw, indent=1) + "\n")
+        facts: Row = {} if options.tiny else {"floor": floor(root)}
+        print(json.dumps(facts), flush=True)
+        bench = Bench(options, paths, rig.Record(options, **facts))
+        asyncio.run(measure(options, bench, model))
     return 0
 
 

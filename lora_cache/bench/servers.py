@@ -1,0 +1,140 @@
+"""What is compared: vLLM by itself, with no loads at all, and under a cache.
+
+All of them serve adapters by their numbers, on one vLLM that was started with the resident engine
+switched on, which changes nothing until a cache attaches.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+Row = dict[str, Any]
+
+FIRST_ID = 1 << 29  # of adapters that plain vLLM serves; the cache's lie above
+
+_names = count()
+
+
+class Server(Protocol):
+    """A way to serve adapters, by their numbers."""
+
+    name: str
+
+    def stream(self, prompt: Any, params: Any, adapter: int) -> AsyncIterator[Any]: ...
+
+    async def empty(self) -> None:
+        """No adapter is left in any tier above its files."""
+
+    async def fill(self, adapters: Sequence[int]) -> None:
+        """Bring adapters to host memory, the one that matters most last."""
+
+    async def close(self) -> None: ...
+
+    def report(self) -> Row:
+        """Counters since `empty`."""
+
+
+class Plain:
+    """VLLM by itself."""
+
+    name = "vllm"
+
+    def __init__(self, engine: Any, paths: Sequence[Path]) -> None:
+        from vllm.lora.request import LoRARequest
+
+        self.engine = engine
+        self.requests = [
+            LoRARequest(lora_name=f"plain-{i}", lora_int_id=FIRST_ID + i, lora_path=str(path))
+            for i, path in enumerate(paths)
+        ]
+
+    def stream(self, prompt: Any, params: Any, adapter: int) -> AsyncIterator[Any]:
+        found: AsyncIterator[Any] = self.engine.generate(
+            prompt, params, f"plain-{next(_names)}", lora_request=self.requests[adapter]
+        )
+        return found
+
+    async def empty(self) -> None:
+        for lora_id in list(await self.engine.list_loras()):
+            await self.engine.remove_lora(lora_id)
+
+    async def fill(self, adapters: Sequence[int]) -> None:
+        for adapter in adapters:  # also those that are held: others would push them out
+            await self.engine.add_lora(self.requests[adapter])
+
+    async def close(self) -> None:
+        await self.empty()
+
+    def report(self) -> Row:
+        return {}
+
+
+class Ideal(Plain):
+    """As many adapters as slots, all of them resident: no loads at all."""
+
+    name = "ideal"
+
+    def __init__(self, engine: Any, paths: Sequence[Path], slots: int) -> None:
+        super().__init__(engine, paths[:slots])
+        self.slots = slots
+
+    def stream(self, prompt: Any, params: Any, adapter: int) -> AsyncIterator[Any]:
+        return super().stream(prompt, params, adapter % self.slots)
+
+    async def fill(self, adapters: Sequence[int]) -> None:
+        await super().fill(range(self.slots))
+
+
+class Managed:
+    """VLLM under a cache.
+
+    Args:
+        kind: of engine.
+        settings: of the cache.
+    """
+
+    def __init__(self, engine: Any, paths: Sequence[Path], kind: str, **settings: Any) -> None:
+        self.name, self.kind, self.engine, self.paths = kind, kind, engine, paths
+        self.settings = settings
+        self.images = Path(tempfile.mkdtemp(prefix="images-"))
+        self.cache: Any = None
+
+    async def open(self) -> None:
+        from lora_cache import AsyncLoraCache
+
+        if self.cache is None:
+            settings = {"engine": self.kind, "publish": False, **self.settings}
+            if self.kind == "resident":
+                settings["image_dir"] = self.images
+            self.cache = await AsyncLoraCache(self.engine, **settings).__aenter__()
+
+    def stream(self, prompt: Any, params: Any, adapter: int) -> AsyncIterator[Any]:
+        found: AsyncIterator[Any] = self.cache.generate(prompt, params, self.paths[adapter])
+        return found
+
+    async def empty(self) -> None:
+        await self.close()
+        shutil.rmtree(self.images, ignore_errors=True)
+        self.images.mkdir(mode=0o700)
+        await self.open()
+
+    async def fill(self, adapters: Sequence[int]) -> None:
+        await self.open()
+        await self.cache.prefetch([self.paths[a] for a in adapters], tier="host")
+
+    async def close(self) -> None:
+        if self.cache is not None:
+            await self.cache.close()
+            self.cache = None
+
+    def report(self) -> Row:
+        stats = self.cache.stats()
+        return {
+            name: getattr(stats, name)
+            for name in ("slot_hits", "host_hits", "disk_hits", "activations", "load_failures")
+        } | {"load_mean_ms": round(1e3 * stats.load_s / max(1, stats.activations), 2)}
