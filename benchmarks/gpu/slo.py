@@ -12,9 +12,9 @@ The promise: 99 of 100 first tokens come within five times the mean time to the 
 ``ideal`` (all adapters in slots, plain vLLM) at the lowest rate.  Each server gets rising rates
 until it breaks the promise at two in a row.
 
-Sizes: an adapter takes 5.2 MB for each of its rank, so the 100 take 16.1 GB, in files, in vLLM's
-host memory and in the cache's.  On the GPU 16 GB of weights, 0.67 GB for each slot of rank 128 and
-one more to copy through (11.4 GB with 16), 17 GB of KV cache: 45 GB, and what graphs and steps take.
+Sizes: an adapter takes 5.2 MB for each of its rank, so the 100 take 15.5 GB, in files, in vLLM's
+host memory and in the cache's.  On the GPU: 16 GB of weights, 0.67 GB for each slot of rank 128 and
+one more to copy through (11.4 GB with 16), 17 GB of KV cache, and what steps and graphs take.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from lora_cache.bench.figures import summary
 from lora_cache.bench.servers import Row, Server
 from lora_cache.bench.streams import poisson, replay, zipf
 
-RANKS = (8, 16, 32, 64, 128)
 LENGTHS = Path(__file__).parents[1] / "data" / "azure_llm_lengths.csv"
 FACTOR = 5
 
 #: What two cores serve.
 TINY: Row = {
+    "ranks": [1, 2, 4, 8, 16],
     "adapters": [8, 5, 3, 2, 2],
     "slots": 4,
     "rates": [2.0, 4.0, 8.0, 16.0],
     "seconds": 5.0,
     "drain": 5.0,
-    "longest_prompt": 128,
+    "longest_prompt": 64,
     "longest_answer": 16,
 }
 
@@ -56,9 +56,10 @@ _SHOWN = (
 )
 
 
-def ranks_of(numbers: list[int]) -> list[int]:
+def ranks_of(options: argparse.Namespace) -> list[int]:
     """The rank of each adapter, mixed: `ideal` takes the first few."""
-    ranks = [rank for rank, number in zip(RANKS, numbers, strict=True) for _ in range(number)]
+    numbers = zip(options.ranks, options.adapters, strict=True)
+    ranks = [rank for rank, number in numbers for _ in range(number)]
     random.Random(0).shuffle(ranks)
     return ranks
 
@@ -167,7 +168,7 @@ def table(rows: list[Row]) -> str:
 
 
 async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -> None:
-    ranks = ranks_of(options.adapters)
+    ranks = ranks_of(options)
     model, paths = rig.write_files(root, len(ranks), rank=ranks, tiny=options.tiny)
     print(f"{len(paths)} adapters are in {root}", flush=True)
     engine = rig.start_vllm(
@@ -175,7 +176,7 @@ async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -
         slots=options.slots,
         host=len(paths),
         max_num_seqs=options.max_num_seqs,
-        rank=max(RANKS),
+        rank=max(ranks),
         max_model_len=options.longest_prompt + options.longest_answer,
         tiny=options.tiny,
     )
@@ -208,8 +209,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--servers", type=lambda t: t.split(","), default="ideal,vllm,resident", help="also stock"
     )
     parser.add_argument(
-        "--adapters", type=numbers(int), default="40,25,16,11,8", help=f"of ranks {RANKS}"
+        "--adapters", type=numbers(int), default="40,25,16,11,8", help="how many of each rank"
     )
+    parser.add_argument("--ranks", type=numbers(int), default="8,16,32,64,128")
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--rates", type=numbers(float), default="2,3,4,6,8,10,12")
     parser.add_argument("--seconds", type=float, default=20, help="of arrivals, for each rate")
@@ -234,8 +236,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     rig.stop_politely()
-    nbytes = 0 if options.tiny else rig.RANK_BYTES * sum(ranks_of(options.adapters))
-    record = rig.Record(options, ranks=RANKS)
+    nbytes = 0 if options.tiny else rig.RANK_BYTES * sum(ranks_of(options))
+    record = rig.Record(options)
     with tempfile.TemporaryDirectory(dir=options.files or rig.roomy(nbytes, nbytes)) as directory:
         rig.register_plugin(Path(directory))
         try:

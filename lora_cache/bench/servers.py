@@ -19,6 +19,11 @@ FIRST_ID = 1 << 29  # of adapters that plain vLLM serves; the cache's lie above
 
 _names = count()
 
+_COUNTERS = (
+    *("slot_hits", "host_hits", "disk_hits"),
+    *("activations", "load_failures", "load_s"),
+)
+
 
 class Server(Protocol):
     """A way to serve adapters, by their numbers."""
@@ -36,7 +41,7 @@ class Server(Protocol):
     async def close(self) -> None: ...
 
     def report(self) -> Row:
-        """Counters since `empty`."""
+        """Counters since `empty` or `fill`."""
 
 
 class Plain:
@@ -103,6 +108,7 @@ class Managed:
         self.settings = settings
         self.images = Path(tempfile.mkdtemp(prefix="images-"))
         self.cache: Any = None
+        self._before: Row = {}
 
     async def open(self) -> None:
         from lora_cache import AsyncLoraCache
@@ -122,10 +128,12 @@ class Managed:
         shutil.rmtree(self.images, ignore_errors=True)
         self.images.mkdir(mode=0o700)
         await self.open()
+        self._before = {}
 
     async def fill(self, adapters: Sequence[int]) -> None:
         await self.open()
         await self.cache.prefetch([self.paths[a] for a in adapters], tier="host")
+        self._before = self._counters()
 
     async def close(self) -> None:
         if self.cache is not None:
@@ -133,8 +141,10 @@ class Managed:
             self.cache = None
 
     def report(self) -> Row:
+        counted = {name: n - self._before.get(name, 0) for name, n in self._counters().items()}
+        load_s = counted.pop("load_s")
+        return counted | {"load_mean_ms": round(1e3 * load_s / max(1, counted["activations"]), 2)}
+
+    def _counters(self) -> Row:
         stats = self.cache.stats()
-        return {
-            name: getattr(stats, name)
-            for name in ("slot_hits", "host_hits", "disk_hits", "activations", "load_failures")
-        } | {"load_mean_ms": round(1e3 * stats.load_s / max(1, stats.activations), 2)}
+        return {name: getattr(stats, name) for name in _COUNTERS}
