@@ -18,10 +18,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
+from lora_cache.bench import vllm
 from lora_cache.bench.servers import Row
 
 #: Of an adapter of all linear layers of Llama-3.1-8B in bfloat16, for each of its rank.
@@ -111,53 +112,21 @@ def start_vllm(
     max_model_len: int = 2048,
     tiny: bool = False,
 ) -> Any:
-    """An `AsyncLLM` with dummy weights, whose slots a cache may take over."""
-    os.environ["LORA_CACHE_RESIDENT"] = "1"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments: Row = {
-        "model": str(model),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "enable_lora": True,
-        "max_loras": slots,
-        "max_cpu_loras": host,
-        "max_lora_rank": rank,
-        "enable_prefix_caching": False,
-        "disable_log_stats": True,
-        "seed": 0,
-    }
-    if tiny:
-        arguments |= {"enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
-    else:
-        sizes = [n for n in (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 96, 128) if n <= max_num_seqs]
-        arguments |= {
-            "dtype": "bfloat16",
-            "kv_cache_memory_bytes": 16 << 30,
-            "compilation_config": {"cudagraph_capture_sizes": sizes},
-        }
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    """An `AsyncLLM`; a tiny one runs on a CPU."""
+    return vllm.start_vllm(
+        model,
+        slots=slots,
+        host=host,
+        rank=rank,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        kv_bytes=64 << 20 if tiny else 16 << 30,
+        on_cpu=tiny,
+    )
 
 
 def prompt(rng: random.Random, length: int, tiny: bool) -> Any:
-    return {"prompt_token_ids": rng.choices(range(2, 400 if tiny else 100_000), k=length)}
-
-
-def sampling(tokens: int) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=0,
-        max_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
+    return vllm.prompt(rng, length, 400 if tiny else 100_000)
 
 
 class Record:
@@ -199,13 +168,12 @@ def stop_politely() -> None:
 def about() -> Row:
     """The machine and the versions."""
     import torch
-    import vllm
 
     return {
         "command": " ".join(["python3 -m", _module(), *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cores": os.cpu_count(),
-        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+        "versions": {"vllm": version("vllm"), "torch": torch.__version__},
     }
 
 

@@ -30,6 +30,7 @@ from lora_cache.bench import servers
 from lora_cache.bench.figures import summary
 from lora_cache.bench.servers import Row, Server
 from lora_cache.bench.streams import DRAIN_S, poisson, replay, zipf
+from lora_cache.bench.vllm import sampling
 
 SCENARIOS: dict[str, Row] = {
     # Few slots, and host memory for a sixth of the adapters.
@@ -59,7 +60,7 @@ async def row(server: Server, options: argparse.Namespace, seed: int, rate: floa
     rng = random.Random(f"{seed} {rate} {s}")
     arrivals = poisson(rng, rate, s, zipf(by_popularity(options, seed), options.zipf))
     prompts = [rig.prompt(rng, options.prompt, options.tiny) for _ in arrivals]
-    params = [rig.sampling(options.tokens)] * len(arrivals)
+    params = [sampling(options.tokens)] * len(arrivals)
     answers, seconds = await replay(server, arrivals, prompts, params)
     return summary(answers, seconds)
 

@@ -34,6 +34,7 @@ from lora_cache.bench import servers
 from lora_cache.bench.figures import summary
 from lora_cache.bench.servers import Row, Server
 from lora_cache.bench.streams import poisson, replay, zipf
+from lora_cache.bench.vllm import sampling
 
 LENGTHS = Path(__file__).parents[1] / "data" / "azure_llm_lengths.csv"
 FACTOR = 5
@@ -99,7 +100,7 @@ class Bench:
         for _ in arrivals:
             asked, answered = rng.choice(self.lengths)
             prompts.append(rig.prompt(rng, min(asked, options.longest_prompt), options.tiny))
-            params.append(rig.sampling(min(answered, options.longest_answer)))
+            params.append(sampling(min(answered, options.longest_answer)))
         answers, took = await replay(server, arrivals, prompts, params, drain_s)
         return summary(answers, took)
 

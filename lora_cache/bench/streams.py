@@ -74,6 +74,16 @@ async def replay(
     return answers, last - began
 
 
+def longest_gap(running: Sequence[Answer], since: float, until: float) -> float:
+    """The longest time between two tokens of any of these, of gaps that reach into that time."""
+    found = 0.0
+    for answer in running:
+        for a, b in pairwise(answer.tokens):
+            if b > since and a < until:
+                found = max(found, b - a)
+    return found
+
+
 def zipf(order: Sequence[int], skew: float) -> list[float]:
     """How popular each adapter is, the first in `order` most."""
     weights = [0.0] * len(order)
