@@ -18,12 +18,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from lora_cache.bench import vllm
 from lora_cache.bench.servers import Row
+from lora_cache.bench.vllm import prompt as random_prompt
+from lora_cache.bench.vllm import start_vllm as start
 
 #: Of an adapter of all linear layers of Llama-3.1-8B in bfloat16, for each of its rank.
 RANK_BYTES = 5_242_880
@@ -113,7 +114,7 @@ def start_vllm(
     tiny: bool = False,
 ) -> Any:
     """An `AsyncLLM`; a tiny one runs on a CPU."""
-    return vllm.start_vllm(
+    return start(
         model,
         slots=slots,
         host=host,
@@ -126,7 +127,7 @@ def start_vllm(
 
 
 def prompt(rng: random.Random, length: int, tiny: bool) -> Any:
-    return vllm.prompt(rng, length, 400 if tiny else 100_000)
+    return random_prompt(rng, length, 400 if tiny else 100_000)
 
 
 class Record:
@@ -139,9 +140,9 @@ class Record:
 
     def __init__(self, options: argparse.Namespace, **facts: Any) -> None:
         self.path: Path | None = options.json
-        chosen = {name: value for name, value in vars(options).items() if name != "json"}
-        self.raw: Row = about() | facts | {"options": chosen, "rows": []}
-        self.rows: list[Row] = self.raw["rows"]
+        self.options = {name: value for name, value in vars(options).items() if name != "json"}
+        self.facts = facts
+        self.rows: list[Row] = []
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -150,8 +151,9 @@ class Record:
 
     def save(self) -> None:
         if self.path:
+            raw = about() | self.facts | {"options": self.options, "rows": self.rows}
             part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(self.raw, indent=1, default=str) + "\n")
+            part.write_text(json.dumps(raw, indent=1, default=str) + "\n")
             part.replace(self.path)
 
 
@@ -166,14 +168,16 @@ def stop_politely() -> None:
 
 
 def about() -> Row:
-    """The machine and the versions."""
+    """The machine and the versions.  Asked once an engine runs: it decides how vLLM is imported."""
     import torch
+    import vllm
+    from vllm.platforms import current_platform
 
     return {
         "command": " ".join(["python3 -m", _module(), *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": current_platform.get_device_name(),  # unlike PyTorch, takes no GPU memory
         "cores": os.cpu_count(),
-        "versions": {"vllm": version("vllm"), "torch": torch.__version__},
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,6 +36,7 @@ def bench(
     from lora_cache.bench.report import markdown
     from lora_cache.bench.run import SERVERS, Settings
     from lora_cache.bench.small import measure
+    from lora_cache.demo.run import quiet
 
     chosen = servers.split(",")
     for name in chosen:
@@ -51,17 +52,10 @@ def bench(
         def note(text: str) -> None:
             print(f"{time.perf_counter() - began:4.0f} s  {text}", file=stderr, flush=True)
 
-        found = _quietly(lambda: measure(model, settings, chosen, note))
+        with quiet():
+            found = measure(model, settings, chosen, note)
     found["seconds"] = round(time.perf_counter() - began, 1)
     if as_json:
         print_json(found)
     else:
         typer.echo(markdown(found))
-
-
-def _quietly(work: Any) -> dict[str, Any]:
-    from lora_cache.demo.run import quiet
-
-    with quiet():
-        found: dict[str, Any] = work()
-        return found
