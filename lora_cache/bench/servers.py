@@ -6,8 +6,9 @@ switched on, which changes nothing until a cache attaches.
 
 from __future__ import annotations
 
-import shutil
+import asyncio
 import tempfile
+import time
 from collections.abc import AsyncIterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, Protocol
 Row = dict[str, Any]
 
 FIRST_ID = 1 << 29  # of adapters that plain vLLM serves; the cache's lie above
+
+_WRITTEN_S = 30.0
 
 _names = count()
 
@@ -106,14 +109,21 @@ class Managed:
     def __init__(self, engine: Any, paths: Sequence[Path], kind: str, **settings: Any) -> None:
         self.name, self.kind, self.engine, self.paths = kind, kind, engine, paths
         self.settings = settings
-        self.images = Path(tempfile.mkdtemp(prefix="images-"))
         self.cache: Any = None
         self._before: Row = {}
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def images(self) -> Path:
+        """Where packed images are, while it is open."""
+        assert self._scratch is not None, "open it first"
+        return Path(self._scratch.name)
 
     async def open(self) -> None:
         from lora_cache import AsyncLoraCache
 
         if self.cache is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="images-")
             settings = {"engine": self.kind, "publish": False, **self.settings}
             if self.kind == "resident":
                 settings["image_dir"] = self.images
@@ -125,10 +135,34 @@ class Managed:
 
     async def empty(self) -> None:
         await self.close()
-        shutil.rmtree(self.images, ignore_errors=True)
-        self.images.mkdir(mode=0o700)
         await self.open()
-        self._before = {}
+        if self.kind == "resident":
+            await self._wake()
+        self._before = self._counters()
+
+    async def _wake(self) -> None:
+        """Have the packer started before anybody waits for it, and leave nothing of what it did."""
+        await self.cache.prefetch(self.paths[0], tier="host")
+        await self.written()
+        await self.cache.unload(self.paths[0])
+        for path in self.images.iterdir():
+            path.unlink()
+
+    async def written(self) -> None:
+        """Wait until packed images are on disk: they are written in the background.
+
+        Raises:
+            TimeoutError: that takes too long.
+        """
+        until = time.monotonic() + _WRITTEN_S
+        seen, since = -1, time.monotonic()
+        while time.monotonic() - since < 0.2:
+            if time.monotonic() > until:
+                raise TimeoutError("images are being written for too long")
+            suffixes = [path.suffix for path in self.images.iterdir()]
+            if len(suffixes) != seen or ".part" in suffixes:
+                seen, since = len(suffixes), time.monotonic()
+            await asyncio.sleep(0.02)
 
     async def fill(self, adapters: Sequence[int]) -> None:
         await self.open()
@@ -139,6 +173,9 @@ class Managed:
         if self.cache is not None:
             await self.cache.close()
             self.cache = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     def report(self) -> Row:
         counted = {name: n - self._before.get(name, 0) for name, n in self._counters().items()}

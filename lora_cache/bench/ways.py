@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from typing import Any
 
 from lora_cache.bench.servers import Managed, Plain
-
-_WRITTEN_S = 30.0
 
 
 class PlainWay:
@@ -75,18 +71,6 @@ class ManagedWay:
             path = self.server.paths[adapter]
             await cache.unload(path)
             await cache.prefetch(path, tier="host")  # when many came at once, not all were kept
-            await self._written()
+            await self.server.written()
             await cache.unload(path)
         return True
-
-    async def _written(self) -> None:
-        """Wait until images are on disk: they are written in the background."""
-        until = time.monotonic() + _WRITTEN_S
-        seen, since = -1, time.monotonic()
-        while time.monotonic() - since < 0.2:
-            if time.monotonic() > until:
-                raise TimeoutError("images are being written for too long")
-            suffixes = [path.suffix for path in self.server.images.iterdir()]
-            if len(suffixes) != seen or ".part" in suffixes:
-                seen, since = len(suffixes), time.monotonic()
-            await asyncio.sleep(0.02)
