@@ -4,11 +4,11 @@
     python3 -m benchmarks.gpu.arrivals --tiny              (CPU, a minute or two)
 
 First on an idle engine, medians of `--arrivals`: an adapter that was never packed, one that is
-packed on disk (in the page cache), one in host memory; parts of the way as the processes report
-them.  Then beside `--decoding` requests: such adapters, and for comparison one that is in a slot
-already, are asked for one at a time, in random order, and of each arrival the longest gap between
-two tokens of any other request is noted.  Then ten cold ones within one second.  The same for
-plain vLLM.
+packed on disk (in the page cache), one in host memory, one in its slot; the time until its files
+are read and digested, parts of the way as the processes report them, and from its slot to the first
+token.  Then beside `--decoding` requests: such adapters are asked for one at a time, in random
+order, and of each arrival the longest gap between two tokens of any other request is noted.  Then
+ten cold ones within one second.  The same for plain vLLM.
 """
 
 from __future__ import annotations
@@ -17,103 +17,58 @@ import argparse
 import asyncio
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import rig
-from benchmarks.gpu.rig import Answer, Managed, Plain, Row
+from lora_cache.bench.figures import spread
+from lora_cache.bench.servers import Managed, Plain, Row
+from lora_cache.bench.streams import Answer, ask, longest_gap
+from lora_cache.bench.vllm import sampling
+from lora_cache.bench.ways import ManagedWay, PlainWay
 
 BUSY = 8  # adapters of the requests that decode
 _WINDOW_S = 0.4  # after an arrival
 
 
-def spread(seconds: list[float]) -> Row:
-    """Milliseconds."""
-    return {
-        "median_ms": round(statistics.median(seconds) * 1e3, 2),
-        "p90_ms": round(rig.quantile(seconds, 0.9) * 1e3, 2),
-        "max_ms": round(max(seconds) * 1e3, 2),
-    }
-
-
-class Way:
-    """How an adapter gets into the state in which it arrives, and into its slot."""
-
-    def __init__(self, server: Any, paths: list[Path]) -> None:
-        self.server, self.paths = server, paths
-
-    async def to_slot(self, adapter: int) -> None: ...
-
-    async def prepare(self, kind: str, adapter: int) -> None: ...
-
-
-class PlainWay(Way):
-    kinds = ("cold", "host", "slot")
-
-    async def to_slot(self, adapter: int) -> None:
-        await self.server.engine.add_lora(self.server.requests[adapter])
-
-    async def prepare(self, kind: str, adapter: int) -> None:
-        """For "host" as many others come after it as there are slots."""
-        if kind == "slot":
-            await self.to_slot(adapter)
-
-
-class ManagedWay(Way):
-    kinds = ("cold", "packed", "host", "slot")
-
-    async def to_slot(self, adapter: int) -> None:
-        async with self.server.cache.lease(self.paths[adapter]):
-            pass
-
-    async def prepare(self, kind: str, adapter: int) -> None:
-        cache, path = self.server.cache, self.paths[adapter]
-        if kind == "cold":
-            return
-        await cache.prefetch(path, tier="host")
-        if kind == "packed":
-            await asyncio.sleep(0.2)  # its image is being written
-            await cache.unload(path)
-        if kind == "slot":
-            await self.to_slot(adapter)
-
-
 class Parts:
-    """Where the time of loads went, as the engine says."""
+    """Where the time of loads went, as the engine says.
 
-    NAMES = ("examined", "packed", "locked", "commanded", "waited", "copied", "scattered")
+    `published` is what is left of a command to the workers: its way there, and until a step lets
+    the slot change hands.
+    """
+
+    NAMES = ("examined", "packed", "locked", "waited", "copied", "scattered", "published")
 
     def __init__(self, engine: Any) -> None:
         self.times = engine.load_times
 
     def take(self) -> Row:
-        found = {name: spread([getattr(t, name) for t in self.times]) for name in self.NAMES}
+        found = {name: [getattr(t, name) for t in self.times] for name in self.NAMES[:-1]}
+        on_device = zip(found["waited"], found["copied"], found["scattered"], strict=True)
+        found["published"] = [
+            times.commanded - sum(parts) for times, parts in zip(self.times, on_device, strict=True)
+        ]
         self.times.clear()
-        return found
+        return {name: spread(seconds) for name, seconds in found.items()}
 
 
 class Bench:
-    def __init__(self, options: argparse.Namespace, paths: list[Path]) -> None:
+    def __init__(self, options: argparse.Namespace, paths: list[Path], record: rig.Record) -> None:
         self.options, self.paths = options, paths
         self.rng = random.Random(options.seed)
         self.fresh: Iterator[int] = iter(range(BUSY, len(paths)))
-        self.rows: list[Row] = []
-
-    def note(self, row: Row) -> None:
-        self.rows.append(row)
-        print(json.dumps(row), flush=True)
+        self.note = record.add
 
     async def ask(self, server: Any, adapter: int, tokens: int) -> Answer:
         answer = Answer(adapter, time.perf_counter())
         words = rig.prompt(self.rng, 64, self.options.tiny)
-        return await rig.ask(server, answer, words, rig.sampling(tokens))
+        return await ask(server, answer, words, sampling(tokens))
 
     async def idle(self, way: Any, parts: Parts | None) -> None:
         """Arrivals at an idle engine."""
@@ -123,19 +78,22 @@ class Bench:
         async def times(kind: str) -> None:
             if parts:
                 parts.times.clear()
-            found: list[float] = []
+            found: dict[str, list[float]] = {"": [], "resolved": [], "first_token": []}
             for adapter in adapters:
                 began = time.perf_counter()
+                await way.resolve(adapter)
+                resolved = time.perf_counter()
                 await way.to_slot(adapter)
-                found.append(time.perf_counter() - began)
-            row: Row = {"table": "idle", "server": way.server.name, "from": kind} | spread(found)
+                found[""].append(time.perf_counter() - began)
+                found["resolved"].append(resolved - began)
+                answer = await self.ask(way.server, adapter, 1)
+                found["first_token"].append(answer.first_token_s)
+            row: Row = {"table": "idle", "server": way.server.name, "from": kind}
+            row |= spread(found.pop("")) | {name: spread(took) for name, took in found.items()}
             self.note(row | ({"parts": parts.take()} if parts and parts.times else {}))
 
         await times("disk")
-        if parts:
-            await asyncio.sleep(1.0)  # images are being written
-            for adapter in adapters:
-                await way.server.cache.unload(self.paths[adapter])
+        if await way.pack(adapters):
             await times("disk, packed")
         for _ in range(self.options.slots):  # others take all slots
             await way.to_slot(next(self.fresh))
@@ -160,7 +118,7 @@ class Bench:
                 answer = Answer(number % BUSY, time.perf_counter())
                 running.append(answer)
                 words = rig.prompt(self.rng, 64, options.tiny)
-                await rig.ask(server, answer, words, rig.sampling(1500))
+                await ask(server, answer, words, sampling(1500))
 
         async def settle() -> None:
             await asyncio.sleep(0.25)
@@ -189,7 +147,7 @@ class Bench:
                 began = time.perf_counter()
                 answer = await self.ask(server, adapter, 8)
                 await asyncio.sleep(max(0.0, began + _WINDOW_S - time.perf_counter()))
-                prepared[kind].append(self.longest(running, began, time.perf_counter()))
+                prepared[kind].append(longest_gap(running, began, time.perf_counter()))
                 first[kind].append(answer.first_token_s)
             for kind in way.kinds:
                 row = {"table": "beside", "server": server.name, "from": kind}
@@ -213,24 +171,13 @@ class Bench:
                 asked.append(asyncio.create_task(self.ask(way.server, adapter, 8)))
                 await asyncio.sleep(0.1)
             await asyncio.gather(*asked)
-            found.setdefault(kind, []).append(self.longest(running, began, time.perf_counter()))
+            found.setdefault(kind, []).append(longest_gap(running, began, time.perf_counter()))
         for kind, seconds in found.items():
             row: Row = {"table": "ten in a second", "server": way.server.name, "from": kind}
             self.note(row | {"longest_gap": spread(seconds)})
 
-    @staticmethod
-    def longest(running: list[Answer], since: float, until: float) -> float:
-        """The longest gap between tokens of those that were decoding all the time."""
-        found = 0.0
-        for answer in running:
-            tokens = answer.tokens
-            for a, b in pairwise(tokens):
-                if b > since and a < until:
-                    found = max(found, b - a)
-        return found
 
-
-async def measure(options: argparse.Namespace, root: Path, bench: Bench, model: Path) -> None:
+async def measure(options: argparse.Namespace, bench: Bench, model: Path) -> None:
     engine = rig.start_vllm(
         model,
         slots=options.slots,
@@ -241,19 +188,19 @@ async def measure(options: argparse.Namespace, root: Path, bench: Bench, model: 
     try:
         for name in options.servers:
             bench.fresh = iter(range(BUSY, len(bench.paths)))
+            way: Any
             if name == "vllm":
-                plain = Plain(engine, bench.paths)
-                way: Any = PlainWay(plain, bench.paths)
-                parts = None
+                way = PlainWay(Plain(engine, bench.paths))
             else:
-                plain = Managed(engine, bench.paths, name, policy="lru")  # type: ignore[assignment]
-                await plain.empty()
-                way = ManagedWay(plain, bench.paths)
-                parts = Parts(plain.cache._engine)  # type: ignore[attr-defined]
-            await asyncio.gather(*(bench.ask(plain, i % BUSY, 16) for i in range(options.decoding)))
+                way = ManagedWay(Managed(engine, bench.paths, name, policy="lru"))
+                await way.server.empty()
+            parts = Parts(way.server.cache._engine) if name == "resident" else None
+            await asyncio.gather(
+                *(bench.ask(way.server, i % BUSY, 16) for i in range(options.decoding))
+            )
             await bench.idle(way, parts)
             await bench.beside(way)
-            await plain.close()
+            await way.server.close()
     finally:
         engine.shutdown()
 
@@ -276,21 +223,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    rig.stop_politely()
     number = BUSY + 4 * options.arrivals + 2 * options.slots + 80
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         rig.register_plugin(root)
         model, paths = rig.write_files(root, number, tiny=options.tiny)
-        bench = Bench(options, paths)
-        raw: Row = {} if options.tiny else {"floor": floor(root)}
-        print(json.dumps(raw), flush=True)
-        try:
-            asyncio.run(measure(options, root, bench, model))
-        finally:
-            if options.json:
-                chosen = {k: v for k, v in vars(options).items() if k != "json"}
-                raw = rig.about() | raw | {"options": chosen, "rows": bench.rows}
-                options.json.write_text(json.dumps(raw, indent=1) + "\n")
+        facts: Row = {} if options.tiny else {"floor": floor(root)}
+        print(json.dumps(facts), flush=True)
+        bench = Bench(options, paths, rig.Record(options, **facts))
+        asyncio.run(measure(options, bench, model))
     return 0
 
 

@@ -30,8 +30,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.gpu.rig import Row, write_files
+from benchmarks.gpu.rig import write_files
 from benchmarks.gpu.spike_scatter import one_part_shrink
+from lora_cache.bench.servers import Row
 
 Question = tuple[int, int]  # adapter, prompt
 

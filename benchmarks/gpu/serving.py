@@ -7,14 +7,17 @@ Poisson arrivals, Zipf(1.0) popularity, prompts of 512 tokens, 64 generated, pre
 Servers: ``ideal`` (the same arrivals over as many adapters as slots, all resident, on plain vLLM),
 ``vllm`` (by itself), ``stock`` (vLLM's own API under our planner), ``resident``.  For each seed and
 rate a *cold* row, every tier above the adapters' files being empty at its start, and a *warm* one,
-with every adapter in host memory.  The time to the first token counts from the arrival.
+with the most popular adapters in host memory, as many as fit.  The time to the first token counts
+from the arrival.  ``--scenario`` sets several options at once; those that are given as well win.
+
+Adapters' files take 5.2 MB for each rank and are in memory where there is room (`rig.roomy`): a
+thousand of rank 8 are 42 GB.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import tempfile
@@ -23,24 +26,48 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import rig
-from benchmarks.gpu.rig import Row, Server
+from lora_cache.bench import servers
+from lora_cache.bench.figures import summary
+from lora_cache.bench.servers import Row, Server
+from lora_cache.bench.streams import DRAIN_S, poisson, replay, zipf
+from lora_cache.bench.vllm import sampling
+
+SCENARIOS: dict[str, Row] = {
+    # Few slots, and host memory for a sixth of the adapters.
+    "8-slots": {"slots": 8, "host": 32, "rates": [4.0, 8.0, 16.0], "cold": 0.0, "warm": 30.0},
+    # Most adapters are on disk only: host memory holds a tenth, packed images a third.
+    "thousand": {
+        "adapters": 1000,
+        "rank": 8,
+        "host": 100,
+        "image_bytes": "14GiB",
+        "rates": [8.0, 16.0],
+        "cold": 0.0,
+        "warm": 40.0,
+    },
+}
 
 _SHOWN = ("ttft_p50_ms", "ttft_p99_ms", "gap_p50_ms", "gap_p999_ms", "requests_per_s")
+
+
+def by_popularity(options: argparse.Namespace, seed: int) -> list[int]:
+    """The adapters, the most popular one first."""
+    return random.Random(seed).sample(range(options.adapters), options.adapters)
 
 
 async def row(server: Server, options: argparse.Namespace, seed: int, rate: float, s: float) -> Row:
     """Serve `s` seconds of arrivals."""
     rng = random.Random(f"{seed} {rate} {s}")
-    arrivals = rig.poisson(rng, rate, s, options.adapters, options.zipf)
+    arrivals = poisson(rng, rate, s, zipf(by_popularity(options, seed), options.zipf))
     prompts = [rig.prompt(rng, options.prompt, options.tiny) for _ in arrivals]
-    params = [rig.sampling(options.tokens)] * len(arrivals)
-    answers, seconds = await rig.replay(server, arrivals, prompts, params)
-    return rig.summary(answers, seconds)
+    params = [sampling(options.tokens)] * len(arrivals)
+    answers, seconds = await replay(server, arrivals, prompts, params)
+    return summary(answers, seconds)
 
 
-async def measure(options: argparse.Namespace, root: Path, rows: list[Row]) -> None:
+async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -> None:
     model, paths = rig.write_files(root, options.adapters, rank=options.rank, tiny=options.tiny)
-    print(f"{len(paths)} adapters written", flush=True)
+    print(f"{len(paths)} adapters are in {root}", flush=True)
     engine = rig.start_vllm(
         model,
         slots=options.slots,
@@ -50,35 +77,38 @@ async def measure(options: argparse.Namespace, root: Path, rows: list[Row]) -> N
         tiny=options.tiny,
     )
     print("vLLM has started", flush=True)
-    settings: Row = {"host_bytes": options.host_bytes} if options.host_bytes else {}
-    servers: dict[str, Any] = {
-        "ideal": rig.Ideal(engine, paths, options.slots),
-        "vllm": rig.Plain(engine, paths),
-        "stock": rig.Managed(engine, paths, "stock", **settings),
-        "resident": rig.Managed(engine, paths, "resident", **settings),
+    given = {name: getattr(options, name) for name in ("host_bytes", "image_bytes")}
+    settings = {name: value for name, value in given.items() if value}
+    every: dict[str, Any] = {
+        "ideal": servers.Ideal(engine, paths, options.slots),
+        "vllm": servers.Plain(engine, paths),
+        "stock": servers.Managed(engine, paths, "stock", **settings),
+        "resident": servers.Managed(engine, paths, "resident", **settings),
     }
-    everything = range(options.adapters)
     try:
-        await servers["ideal"].fill(everything)
-        await row(servers["ideal"], options, -1, max(options.rates), 4)  # kernels are compiled
-        await servers["ideal"].close()
+        await every["ideal"].fill([])
+        await row(every["ideal"], options, -1, max(options.rates), 4)  # kernels are compiled
+        await every["ideal"].close()
         for name in options.servers:
-            server = servers[name]
+            server = every[name]
             for seed in options.seeds:
+                popular = by_popularity(options, seed)[: options.host]
                 for rate in options.rates:
                     for kind, seconds in (("cold", options.cold), ("warm", options.warm)):
                         if not seconds or (name == "ideal" and kind == "cold"):
                             continue
+                        if rig.left_s(options.until) < seconds + DRAIN_S:
+                            print(f"no time is left for {name} at {rate:g}/s, {kind}", flush=True)
+                            continue
                         if kind == "cold":
                             await server.empty()
                         else:
-                            await server.fill(everything)
+                            await server.fill(popular[::-1])
                         found: Row = {"server": name, "seed": seed, "rate": rate, "row": kind}
                         began = time.perf_counter()
                         found |= await row(server, options, seed, rate, seconds)
                         found |= server.report()
-                        rows.append(found | {"seconds": round(time.perf_counter() - began, 1)})
-                        print(json.dumps(rows[-1]), flush=True)
+                        record.add(found | {"seconds": round(time.perf_counter() - began, 1)})
             await server.close()
     finally:
         engine.shutdown()
@@ -93,14 +123,16 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a tiny model; runs on a CPU")
+    parser.add_argument("--scenario", choices=SCENARIOS)
     parser.add_argument("--servers", type=lambda t: t.split(","), default="ideal,resident,vllm")
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--host", type=int, default=200, help="max_cpu_loras")
     parser.add_argument("--host-bytes", help="budget of the caches, such as 8GiB")
+    parser.add_argument("--image-bytes", help="budget of packed images on disk, such as 16GiB")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rates", type=lambda t: [float(x) for x in t.split(",")], default="8,16")
     parser.add_argument("--seeds", type=lambda t: [int(x) for x in t.split(",")], default="0")
@@ -110,19 +142,26 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--until", type=float, help="seconds from the start; no row ends later")
+    parser.add_argument("--files", type=Path, help="where adapters are written")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as directory:
+    chosen = parser.parse_known_args(arguments)[0].scenario
+    parser.set_defaults(**SCENARIOS.get(chosen, {}))
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
+    rig.stop_politely()
+    each = 0 if options.tiny else rig.RANK_BYTES * options.rank
+    where = options.files or rig.roomy(each * options.adapters, each * options.host)
+    record = rig.Record(options)
+    with tempfile.TemporaryDirectory(dir=where) as directory:
         rig.register_plugin(Path(directory))
         try:
-            asyncio.run(measure(options, Path(directory), rows))
+            asyncio.run(measure(options, Path(directory), record))
         finally:
-            chosen = {k: v for k, v in vars(options).items() if k != "json"}
-            if options.json and rows:
-                raw = rig.about() | {"options": chosen, "rows": rows}
-                options.json.write_text(json.dumps(raw, indent=1) + "\n")
-            print(table(rows), flush=True)
+            print(table(record.rows), flush=True)
     return 0
 
 

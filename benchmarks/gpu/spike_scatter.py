@@ -51,9 +51,6 @@ def files(
 
     if tiny:
         shapes.LLAMA_8B |= TINY | {"bos_token_id": 1, "eos_token_id": 2}
-        shapes._ATTENTION.update(q_proj=(128, 128), k_proj=(128, 128), v_proj=(128, 128))
-        shapes._OUT.update(o_proj=(128, 128))
-        shapes._MLP.update(gate_proj=(256, 128), up_proj=(256, 128), down_proj=(128, 256))
     adapters = shapes.write_adapters(root / "adapters", number, rank, seed)
     return shapes.write_model(root / "model"), adapters
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lora_cache._version import __version__
-from lora_cache.cli import demo, ls, plan, prune, pull, simulate, status, verify
+from lora_cache.cli import bench, demo, ls, plan, prune, pull, simulate, status, verify
 from lora_cache.cli.output import Commands
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(verify.verify)
 app.command()(prune.prune)
 app.command()(simulate.simulate)
 app.command()(plan.plan)
+app.command()(bench.bench)
 app.command()(status.status)
 
 

@@ -93,8 +93,24 @@ def read_model(given: str | Path, *, like: str | None = None, dtype: str = "auto
     Raises:
         ConfigError: there is none, it is malformed, or the architecture is not known.
     """
+    config, path = read_config(given)
+    return describe_model(config, str(given), str(path), like=like, dtype=dtype)
+
+
+def read_config(given: str | Path) -> tuple[dict[str, Any], Path]:
+    """Read a model's ``config.json``, which need not be of a known architecture.
+
+    Args:
+        given: as of `read_model`.
+
+    Returns:
+        what is in it, and where it is.
+
+    Raises:
+        ConfigError: there is none, or it is malformed.
+    """
     path = _find(given)
-    return describe_model(_read(path), str(given), str(path), like=like, dtype=dtype)
+    return _read(path), path
 
 
 def describe_model(

@@ -34,7 +34,7 @@ def check_path(path: Path) -> None:
         raise ConfigError(f"{path}: a picture is a .svg or .png file")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no directory {path.parent}")
-    with _figures():
+    with figures():
         pass
 
 
@@ -49,7 +49,7 @@ def plot_misses(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         by_trace.setdefault(row.trace, []).append(row)
     policies = list(dict.fromkeys(row.policy for row in rows if row.policy != "belady"))
-    with _figures() as figure_of:
+    with figures() as figure_of:
         across = min(len(by_trace), 3)
         down = -(-len(by_trace) // across)
         figure: Figure = figure_of(figsize=(0.6 + 4.5 * across, 0.5 + 3.3 * down))
@@ -65,7 +65,7 @@ def plot_misses(rows: Sequence[Row], path: Path) -> None:
             panel.set_ylabel("requests that miss the slots")
         for panel in axes[max(0, len(by_trace) - across) : len(by_trace)]:
             panel.set_xlabel("GPU slots")
-        _save(figure, path)
+        save(figure, path)
 
 
 def plot_timeline(timeline: Timeline, path: Path) -> None:
@@ -75,7 +75,7 @@ def plot_timeline(timeline: Timeline, path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         ConfigError: `path` cannot be written.
     """
-    with _figures() as figure_of:
+    with figures() as figure_of:
         from matplotlib.colors import ListedColormap
 
         count = len(timeline.adapters)
@@ -104,7 +104,7 @@ def plot_timeline(timeline: Timeline, path: Path) -> None:
         below.set_xlabel(f"time ({unit})")
         below.spines[["left", "bottom"]].set_visible(False)
         _tier_legend(figure, timeline)
-        _save(figure, path)
+        save(figure, path)
 
 
 # ---------------------------------------------------------------------- parts of the pictures
@@ -269,7 +269,7 @@ def _time_unit(seconds: float) -> tuple[float, str]:
 
 
 @contextmanager
-def _figures() -> Iterator[Any]:
+def figures() -> Iterator[Any]:
     """Something that makes figures in our style, and draws into files only.
 
     Raises:
@@ -301,7 +301,7 @@ def _figures() -> Iterator[Any]:
         yield NewFigure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     metadata = {"Date": None} if path.suffix.lower() == ".svg" else {"Software": None}
     try:
         figure.savefig(path, metadata=metadata)

@@ -1,0 +1,1 @@
+"""Measuring: servers to compare, streams of requests, and the figures of what came back."""
