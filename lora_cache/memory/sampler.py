@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_cache.errors import ConfigError
+from lora_cache.level import Level
 from lora_cache.memory.host import Host, HostMemory, ProcessMemory
 from lora_cache.memory.nvml import GpuReading, Gpus
-from lora_cache.memory.pressure import Level, Marks, Pressure, PressureEvent
+from lora_cache.memory.pressure import GPU_MARKS, HOST_MARKS, Marks, Pressure, PressureEvent
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Sampler:
         pid: the process to watch; this one, if not given.
         history: how many samples are kept.
         host_marks: when pressure on host memory begins and ends.
-        gpu_marks: likewise on each GPU: late, because vLLM takes its share at once and keeps it.
+        gpu_marks: likewise on each GPU.
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class Sampler:
         history: int = 300,
         processes_every: int = 10,
         max_share: float = 0.0005,
-        host_marks: Marks = Marks(),  # noqa: B008 - frozen
-        gpu_marks: Marks = Marks(soft=0.98, hard=0.995, band=0.01),  # noqa: B008 - frozen
+        host_marks: Marks = HOST_MARKS,
+        gpu_marks: Marks = GPU_MARKS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not (period_s > 0 and history > 0 and processes_every > 0 and max_share > 0):
