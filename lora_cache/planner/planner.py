@@ -296,7 +296,7 @@ class Planner(Answers):
         """Serve the line, oldest first, as far as there is room; then balance the drains."""
         if self.squeeze.active:
             self._give_back(now)
-        slots_left = True
+        slots_left, speculates = True, self.squeeze.speculates
         for demand in self.waiting:
             key = demand.key
             needs_slot = demand.tier is _GPU or not self.limits.stages_without_slot
@@ -311,6 +311,8 @@ class Planner(Answers):
                 self._undrain(key, now)  # set aside for an older waiter; now its own turn came
             elif not demand.repair and (error := self.residency.too_large(key, demand.nbytes)):
                 self._abandon(demand, error)
+            elif not speculates and demand.speculative:
+                self._refuse_speculation(demand)
             elif self._is_busy:
                 break  # decided when the engine has finished
             elif needs_slot and not slots_left:
@@ -342,8 +344,6 @@ class Planner(Answers):
     def _start_demand(self, demand: Demand, slot: bool, now: float) -> Start | None:
         key, spec = demand.key, demand.speculative
         if demand.repair and self._failures.standing(key, now):  # its place is kept for it
-            return None
-        if spec and not self.squeeze.speculates:
             return None
         return self._start(key, demand.nbytes, demand.tickets, slot, spec, now)
 

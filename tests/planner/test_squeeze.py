@@ -176,9 +176,20 @@ def test_speculation_in_line_is_told_when_pressure_comes_and_others_wait_on() ->
     driver.acquire(0)
     staged, wanted = driver.acquire(1, Want.STAGE), driver.acquire(2)
     driver.press(SOFT)
-    driver.complete()
     assert isinstance(driver.refused[staged], MemoryPressureError)
+    driver.complete()
     driver.release(min(driver.leases))
+    settle(driver)
+    assert wanted in driver.leases
+
+
+def test_speculation_that_is_refused_takes_no_place_from_those_behind_it() -> None:
+    driver = Driver(Limits(1, 1, stages_without_slot=False, max_in_flight=1))
+    driver.acquire(2)
+    driver.acquire(0, Want.STAGE)
+    wanted = driver.acquire(1)
+    driver.press(SOFT)
+    driver.fail()
     settle(driver)
     assert wanted in driver.leases
 
