@@ -343,7 +343,7 @@ def test_status_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             await w.cache.prefetch(ref("cold"))
             text = await shown()
             assert "memory pressure: hard on host, host budget down to" in text
-            assert "6 copies given back" in text
+            assert "6 copies (6.0 MiB) given back" in text
             assert "refused 1 prefetch and 0 pins" in text
             assert "left host memory because memory is scarce" in text
             (record,) = json.loads(await shown("--json"))
@@ -355,6 +355,6 @@ def test_status_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             ]
             assert record["stats"]["prefetches_refused"] == 1
             await machine.ease(w)
-            assert "memory pressure: none now; 6 copies given back" in await shown()
+            assert "memory pressure: none now; 6 copies (6.0 MiB) given back" in await shown()
 
     run(main())

@@ -123,8 +123,8 @@ def _pressure(cache: dict[str, Any]) -> list[Text]:
         Text(
             f"memory pressure: {', '.join(scarce) or 'none now'}"
             + ("" if now is None else f", host budget down to {human_bytes(now)}")
-            + f"; {plural(given, 'copy', 'copies')} given back "
-            f"({human_bytes(stats.get('given_back_bytes', 0))}), refused "
+            + f"; {plural(given, 'copy', 'copies')} "
+            f"({human_bytes(stats.get('given_back_bytes', 0))}) given back, refused "
             f"{plural(prefetches, 'prefetch', 'prefetches')} and {plural(pins, 'pin')}"
         )
     ]
