@@ -95,7 +95,7 @@ class CacheConfig(BaseModel):
     retry_max_s: float = Field(default=60.0, ge=0)
     check_weights: bool = False
     memory_pressure: bool = True
-    memory_period_s: float = Field(default=0.5, gt=0)
+    memory_period_s: float = Field(default=0.7, gt=0)  # a change is noticed within a second
     host_marks: Marks = HOST_MARKS
     gpu_marks: Marks = GPU_MARKS
     publish: bool = True

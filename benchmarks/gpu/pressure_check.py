@@ -32,6 +32,7 @@ from typing import Any
 
 from benchmarks.gpu import rig
 from benchmarks.gpu.rig import Row
+from lora_cache.config import CacheConfig
 from lora_cache.errors import MemoryPressureError
 from lora_cache.events import BudgetEvent, Event
 from lora_cache.level import Level
@@ -79,6 +80,13 @@ class Clients:
     done: int = 0
     failures: list[str] = field(default_factory=list)
     stopping: bool = False
+
+    async def go_on(self) -> int:
+        """For some seconds, and until each client may have had an answer; how many there were."""
+        before = self.done
+        await asyncio.sleep(self.options.seconds)
+        await until(lambda: self.done > before + self.options.clients or bool(self.failures), 300)
+        return self.done - before
 
     async def run(self, number: int) -> None:
         rng = random.Random(number)
@@ -160,12 +168,10 @@ async def second_process(fake: FakeGpu | None) -> AsyncIterator[tuple[float, int
 
 
 async def on_the_gpu(server: rig.Managed, clients: Clients, heard: Heard, fake: Any) -> Row:
-    before = clients.done
     async with second_process(fake) as (at, taken):
         noticed = await heard.level(False, Level.SOFT, at - 1.0) - at
         during = await optional_work(server, clients)
-        await asyncio.sleep(clients.options.seconds)
-        served = clients.done - before
+        served = await clients.go_on()
     gone = time.monotonic()
     over = await heard.level(False, Level.NONE, gone) - gone
     return {
@@ -189,15 +195,14 @@ async def on_the_host(server: rig.Managed, clients: Clients, heard: Heard, host:
         }
 
     await until(lambda: not engine._line.is_busy)
-    before, served = held(), clients.done
+    before = held()
     host.is_full, at = True, time.monotonic()
     noticed = await heard.level(True, Level.HARD, at) - at
     slots = engine.capabilities.slots
     # A newcomer is packed before its victim leaves, so there are a few more under way.
     shrank = await until(lambda: held()["adapters"] <= 2 * slots)
-    await asyncio.sleep(clients.options.seconds)
+    served = await clients.go_on()
     small, during = held(), await optional_work(server, clients)
-    served = clients.done - served
     host.is_full, eased = False, time.monotonic()
     over = await heard.level(True, Level.NONE, eased) - eased
     afterwards = await optional_work(server, clients)
@@ -233,7 +238,7 @@ async def measure(options: argparse.Namespace, root: Path) -> Row:
     sampler = Sampler(
         Gpus(FakeNvml(fake), environ={}) if fake else Gpus(),
         host,
-        period_s=0.5,
+        period_s=CacheConfig().memory_period_s,
         max_share=0.001,
         host_marks=HOST_MARKS,
         gpu_marks=GPU_MARKS,
@@ -245,7 +250,7 @@ async def measure(options: argparse.Namespace, root: Path) -> Row:
             await server.fill(range(options.adapters))
             heard, clients = Heard(server.cache), Clients(server, options.adapters, options)
             running = [asyncio.ensure_future(clients.run(n)) for n in range(options.clients)]
-            await asyncio.sleep(options.seconds)
+            await clients.go_on()
             found = {
                 "gpu": await on_the_gpu(server, clients, heard, fake),
                 "host": await on_the_host(server, clients, heard, host),

@@ -147,7 +147,7 @@ class Sampler:
     def sample(self) -> MemorySample:
         """Take one now, in this thread."""
         with self._lock:
-            sample, events, _ = self._sample()
+            sample, events = self._sample()
         self._tell(events)
         return sample
 
@@ -179,12 +179,14 @@ class Sampler:
         wait_s = 0.0
         while not self._ending.wait(wait_s):
             with self._lock:
-                _, events, cpu_s = self._sample()
+                _, events = self._sample()
+                # What one costs on average: a single slow one must not make the next one late.
+                cpu_s = self._cpu_s / max(1, self._taken - 1)
             self._tell(events)
             wait_s = max(self._period_s, min(_LONGEST_WAIT_S, cpu_s / self._max_share))
 
-    def _sample(self) -> tuple[MemorySample, list[PressureEvent], float]:
-        """Take one.  Returns also what has changed, and the CPU time that it took."""
+    def _sample(self) -> tuple[MemorySample, list[PressureEvent]]:
+        """Take one.  Returns also what has changed."""
         began, now = time.thread_time(), self._clock()
         gpus = GpuReading()
         if self._gpus is not None:
@@ -197,7 +199,7 @@ class Sampler:
             self._first_s, self._setup_s, cpu_s = now, cpu_s, 0.0
         self._cpu_s += cpu_s
         self._taken, self._last_s = self._taken + 1, now
-        return sample, events, cpu_s
+        return sample, events
 
     def _weigh(self, sample: MemorySample) -> list[PressureEvent]:
         shares = {HOST: sample.host.share if sample.host else None}
