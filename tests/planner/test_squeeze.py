@@ -273,3 +273,16 @@ def test_a_request_for_what_is_just_leaving_waits_and_loads_it_anew() -> None:
     assert driver.leases[ticket] == key_of(0)
     assert driver.granted[ticket].served_from is Tier.DISK
     assert isinstance(driver.refused[staged], MemoryPressureError)
+
+
+def test_who_gives_up_a_slot_for_what_is_in_host_memory_leaves_after_that_load() -> None:
+    driver = filled(2, slots=1)
+    driver.acquire(7, Want.PIN_HOST)
+    settle(driver)
+    driver.press(HARD)
+    settle(driver)
+    assert driver.host() == {"a1", "a7"}, "in the slot, and pinned"
+    driver.lease(7)
+    assert driver.slots() == {"a7"}
+    (move,) = driver.flights.values()
+    assert move.drop == (key_of(1),), "twenty bytes of fifteen"
