@@ -10,11 +10,11 @@ from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.cache import AsyncLoraCache
 from lora_cache.config import CacheConfig
 from lora_cache.errors import LoraCacheError
-from lora_cache.events import Eviction
+from lora_cache.events import BudgetEvent, Eviction
 from lora_cache.lease import Lease
 from lora_cache.manifest import Manifest, read_manifest
 from lora_cache.state import CopyState, Tier
-from lora_cache.views import AdapterStatus, Snapshot, Stats
+from lora_cache.views import AdapterStatus, MemoryStatus, Snapshot, Stats
 
 if TYPE_CHECKING:
     from lora_cache.llm import LLM as LLM
@@ -25,12 +25,14 @@ __all__ = [
     "AdapterRef",
     "AdapterStatus",
     "AsyncLoraCache",
+    "BudgetEvent",
     "CacheConfig",
     "CopyState",
     "Eviction",
     "Lease",
     "LoraCacheError",
     "Manifest",
+    "MemoryStatus",
     "Snapshot",
     "Stats",
     "Tier",

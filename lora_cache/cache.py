@@ -21,14 +21,13 @@ from lora_cache.engines import make_engine
 from lora_cache.errors import (
     CacheClosedError,
     ConfigError,
-    DiskFullError,
-    LeaseTimeoutError,
     NoRoomError,
 )
-from lora_cache.events import Events, Eviction
+from lora_cache.events import Event, Events
 from lora_cache.feed import Feed
 from lora_cache.fit import check_fit
 from lora_cache.lease import Lease
+from lora_cache.memory import Sampler
 from lora_cache.planner import Planner, Want
 from lora_cache.policies import make_policy
 from lora_cache.setup import disk_tier, limits_of
@@ -36,14 +35,12 @@ from lora_cache.sources import Source, default_sources
 from lora_cache.state import Tier
 from lora_cache.status import StatusFile
 from lora_cache.store import Progress
-from lora_cache.store.locks import Hold
 from lora_cache.store.pool import Urgency
-from lora_cache.views import Snapshot, Stats, snapshot_of
+from lora_cache.views import Snapshot, Stats, memory_of, snapshot_of
+from lora_cache.watch import MemoryWatch, make_sampler
 from lora_cache.weights import check_finite
 
 logger = logging.getLogger(__name__)
-
-_REMOVALS = 3  # how often another process may remove what was just fetched
 
 _Grant = tuple[int, Adapter, Tier, float]
 
@@ -63,6 +60,8 @@ class AsyncLoraCache:
         sources: sources by the name that refs carry, beside or instead of ``"local"`` and
             ``"hub"``; those of installed entry points (``lora_cache.sources``) are found by name.
         clock: for tests.
+        sampler: what tells of scarce memory, instead of one of the cache's own; it stays the
+            caller's, so several caches may share one.
         settings: see `CacheConfig`.
 
     Raises:
@@ -78,6 +77,7 @@ class AsyncLoraCache:
         *,
         sources: dict[str, Source] | None = None,
         clock: Clock | None = None,
+        sampler: Sampler | None = None,
         **settings: Unpack[CacheSettings],
     ) -> None:
         self.config = CacheConfig.of(settings)
@@ -108,6 +108,14 @@ class AsyncLoraCache:
             self._events,
             clock,
         )
+        self._memory = MemoryWatch(
+            sampler or make_sampler(config),
+            owned=sampler is None,
+            gpus=self._engine.capabilities.tensor_parallel,
+            press=self._driver.press,
+            events=self._events,
+            now=self._driver.now,
+        )
         self._feeds: set[Feed] = set()
         self._status: StatusFile | None = None
         self._request_ids = count(1)
@@ -122,6 +130,7 @@ class AsyncLoraCache:
 
             self._status = StatusFile(self, claims_of(self._engine))
             self._status.start()
+        self._memory.start()
         return self
 
     async def __aexit__(
@@ -140,6 +149,7 @@ class AsyncLoraCache:
         if self._driver.is_closed:
             return
         self._driver.refuse(CacheClosedError("the cache is closed"))
+        await self._memory.close()
         await asyncio.gather(*(feed.close() for feed in list(self._feeds)))
         if self._status is not None:
             await self._status.close()
@@ -247,7 +257,8 @@ class AsyncLoraCache:
         Returns:
             The tier that it is in now; of several, by the name that each was given.
             ``Tier.DISK`` although ``"host"`` was wanted means that there was no room that nobody
-            needs (the stock engine cannot stage without an idle slot).
+            needs (the stock engine cannot stage without an idle slot), or that memory is scarce
+            (`Stats.prefetches_refused`).
 
         Raises:
             AdapterError, SourceError, StoreError: of several, the first one's, after the others
@@ -309,6 +320,7 @@ class AsyncLoraCache:
 
         Raises:
             PinnedError: one slot (and one host entry) must stay unpinned.
+            MemoryPressureError: memory is scarce; pins that exist stay.
         """
         gpu = _tier(tier, Tier.GPU, Tier.HOST) is Tier.GPU
         want = Want.PIN_GPU if gpu else Want.PIN_HOST
@@ -341,10 +353,14 @@ class AsyncLoraCache:
     def snapshot(self) -> Snapshot:
         """Who is where, right now.  Cost grows with what is resident, not with what is known."""
         now = self._driver.now()
-        return snapshot_of(self._planner, self._catalog, self._engine, self._events, now)
+        memory = memory_of(self._planner, self._events, self._memory.levels)
+        return snapshot_of(self._planner, self._catalog, self._engine, self._events, memory, now)
 
-    def subscribe(self, listener: Callable[[Eviction], None]) -> Callable[[], None]:
-        """Have `listener` called with every eviction, on the event loop; it must not block.
+    def subscribe(self, listener: Callable[[Event], None]) -> Callable[[], None]:
+        """Have `listener` called with every event, on the event loop; it must not block.
+
+        An `Eviction` for each copy that lost its place, a `PressureEvent` when memory grows scarce
+        or is so no longer, a `BudgetEvent` when what host memory may hold changes with that.
 
         Returns what ends the subscription.  A listener that fails is logged.
         """
@@ -370,7 +386,7 @@ class AsyncLoraCache:
         timeout_s = self.config.lease_timeout_s if timeout_s is None else timeout_s
         adapter = self._catalog.current(_as_ref(ref))
         if adapter is None or adapter.key not in self._planner.residency.host:
-            adapter, hold = await self._resolve_within(ref, timeout_s)
+            adapter, hold = await self._catalog.resolve_held(_as_ref(ref), timeout_s)
             if timeout_s is not None:  # it counts from when the lease was asked for
                 timeout_s = max(0.0, timeout_s - (self._driver.now() - started))
             with hold:
@@ -398,26 +414,6 @@ class AsyncLoraCache:
     async def _resolve(self, adapter: AdapterLike, **options: Any) -> Adapter:
         self._driver.require_open()
         return await self._catalog.resolve(_as_ref(adapter), **options)
-
-    async def _resolve_within(
-        self, adapter: AdapterLike, timeout_s: float | None
-    ) -> tuple[Adapter, Hold]:
-        """Resolve, and keep the files from being removed before the planner has seen them."""
-        for _ in range(_REMOVALS):
-            try:
-                async with asyncio.timeout(timeout_s):
-                    found = await self._resolve(adapter)
-            except TimeoutError as error:
-                raise LeaseTimeoutError(
-                    f"{adapter} was not on this machine within {timeout_s:g} s: prefetch it before "
-                    "it is asked for"
-                ) from error
-            if (hold := self._disk.store.hold(found)) is not None:
-                return found, hold
-        raise DiskFullError(
-            f"{adapter} was removed from disk again and again before it was used: raise disk_bytes",
-            key=found.key,
-        )
 
 
 def _tier(tier: Tier | str, *allowed: Tier) -> Tier:

@@ -13,10 +13,18 @@ from pathlib import Path
 from cachetools import TTLCache
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
-from lora_cache.errors import CacheClosedError, ConfigError, LoraCacheError, SourceError
+from lora_cache.errors import (
+    CacheClosedError,
+    ConfigError,
+    DiskFullError,
+    LeaseTimeoutError,
+    LoraCacheError,
+    SourceError,
+)
 from lora_cache.sources import Remote, RemoteSource, Source, load_source
 from lora_cache.store import DiskTier, Progress
 from lora_cache.store.disk import Interest
+from lora_cache.store.locks import Hold
 from lora_cache.store.pool import Urgency
 from lora_cache.threads import start
 
@@ -28,6 +36,7 @@ AdapterLike = AdapterRef | str | os.PathLike[str]
 _ASKING = 16  # questions to one source at a time
 _STALE_S = 10.0  # between questions to a source that does not answer
 _MAX_STALE = 100_000
+_REMOVALS = 3  # how often another process may remove what was just fetched
 
 
 @dataclass
@@ -146,6 +155,30 @@ class Catalog:
             if not resolution.waiting and not resolution.task.done():
                 self._forget(ref, resolution.task)
                 resolution.task.cancel()
+
+    async def resolve_held(self, ref: AdapterRef, timeout_s: float | None) -> tuple[Adapter, Hold]:
+        """Resolve, and keep the files from being removed before the planner has seen them.
+
+        Raises:
+            as `resolve`, and
+            LeaseTimeoutError: it was not on this machine within `timeout_s` seconds.
+            DiskFullError: others removed it again and again.
+        """
+        for _ in range(_REMOVALS):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    found = await self.resolve(ref)
+            except TimeoutError as error:
+                raise LeaseTimeoutError(
+                    f"{ref} was not on this machine within {timeout_s:g} s: prefetch it before "
+                    "it is asked for"
+                ) from error
+            if (hold := self._disk.store.hold(found)) is not None:
+                return found, hold
+        raise DiskFullError(
+            f"{ref} was removed from disk again and again before it was used: raise disk_bytes",
+            key=found.key,
+        )
 
     def close(self) -> None:
         """Give up what is being resolved."""

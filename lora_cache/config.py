@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from lora_cache.errors import ConfigError
+from lora_cache.memory.pressure import GPU_MARKS, HOST_MARKS, Marks
 from lora_cache.policies import PolicyLike
 
 
@@ -32,6 +33,10 @@ class CacheSettings(TypedDict, total=False):
     retry_s: float
     retry_max_s: float
     check_weights: bool
+    memory_pressure: bool
+    memory_period_s: float
+    host_marks: Marks
+    gpu_marks: Marks
     publish: bool
 
 
@@ -62,6 +67,11 @@ class CacheConfig(BaseModel):
         retry_s, retry_max_s: a failed adapter fails fast for `retry_s` seconds, twice as long
             after each further failure, up to `retry_max_s`.
         check_weights: read every weight of a new adapter once, and refuse NaN and infinity.
+        memory_pressure: watch host and GPU memory; while it is scarce, begin nothing optional, and
+            give host memory back (`lora_cache.planner.squeeze`).  Requests are served as before.
+        memory_period_s: seconds between two looks at it; more where a look is slow, so that
+            watching never takes more than a thousandth of a core.
+        host_marks, gpu_marks: when memory is scarce: shares in use, 0 to 1.
         publish: let ``lora-cache status`` on this machine see this cache.
     """
 
@@ -84,6 +94,10 @@ class CacheConfig(BaseModel):
     retry_s: float = Field(default=1.0, ge=0)
     retry_max_s: float = Field(default=60.0, ge=0)
     check_weights: bool = False
+    memory_pressure: bool = True
+    memory_period_s: float = Field(default=0.7, gt=0)  # a change is noticed within a second
+    host_marks: Marks = HOST_MARKS
+    gpu_marks: Marks = GPU_MARKS
     publish: bool = True
 
     @classmethod

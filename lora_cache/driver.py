@@ -19,8 +19,9 @@ from lora_cache.errors import (
     LeaseTimeoutError,
     LoraCacheError,
 )
-from lora_cache.events import Events, Eviction
-from lora_cache.planner import Action, Granted, Planner, Start, Transition, Want
+from lora_cache.events import BudgetEvent, Events, Eviction
+from lora_cache.level import Level
+from lora_cache.planner import Action, Granted, Planner, Resized, Start, Transition, Want
 from lora_cache.planner.failures import again
 from lora_cache.state import Tier
 from lora_cache.store.locks import Hold
@@ -49,7 +50,7 @@ class Driver:
     Args:
         adapter_of: the adapter to load for a key.
         hold: keeps an adapter's files where they are; None if they are gone.
-        events: told of every copy that has lost its place to another.
+        events: told of every copy that has lost its place, and of every change of a budget.
         clock: None for the event loop's own.
 
     Attributes:
@@ -152,6 +153,11 @@ class Driver:
 
     def unpin(self, key: AdapterKey) -> None:
         self._perform(self._planner.unpin(key, self.now()))
+
+    def press(self, host: Level, gpu: Level) -> None:
+        """Memory is as scarce as this now."""
+        self._engine.conserve(host > Level.NONE)
+        self._perform(self._planner.press(host, gpu, self.now()))
 
     async def unload(self, key: AdapterKey, timeout_s: float | None) -> None:
         """Drain and drop `key`; returns when it is gone."""
@@ -261,6 +267,8 @@ class Driver:
         for action in actions:
             if isinstance(action, Start):
                 self._launch(action)
+            elif isinstance(action, Resized):
+                self._events.publish(BudgetEvent(self.now(), action.before, action.after))
             elif waiter := self._waiters.pop(action.ticket, None):
                 if waiter.future.done():
                     if isinstance(action, Granted):
@@ -269,7 +277,7 @@ class Driver:
                     waiter.future.set_result(action.served_from)
                 else:
                     waiter.future.set_exception(action.error)
-        if len(self._planner.waiting):
+        if self._planner.awaits_tick:
             self._arm()
 
     def _launch(self, start: Start) -> None:
@@ -302,10 +310,9 @@ class Driver:
             self.load_s += cost_s
             actions = self._planner.completed(move.op, cost_s, self.now())
         self._let_go()
-        if move.load is not None:
-            for choice in start.choices:
-                if choice.victim in (demoted | dropped if choice.tier is Tier.GPU else dropped):
-                    self._events.publish(Eviction.of(choice, move.load, self.now()))
+        for choice in start.choices:
+            if choice.victim in (demoted | dropped if choice.tier is Tier.GPU else dropped):
+                self._events.publish(Eviction.of(choice, move.load, self.now()))
         self._perform(actions)
 
     async def _apply(self, move: Transition) -> None:
@@ -347,6 +354,8 @@ class Driver:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._refusal is not None:  # nobody waits, and nothing can be gained any more
+            return
         deadline = self._planner.next_deadline(self.now())
         if deadline is not None:
             self._timer = self._require_clock().call_at(deadline, self._tick)

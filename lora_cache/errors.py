@@ -19,6 +19,7 @@ LoraCacheError
 ├── StoreError               the disk tier cannot be read or written
 │   └── DiskFullError            no room for one more adapter on disk
 ├── NoRoomError              staging would disturb others (prefetch reports it instead)
+│   └── MemoryPressureError      memory is scarce: no new pins, no speculation, until that is over
 ├── LeaseTimeoutError        no slot came free in time (also a TimeoutError)
 ├── PinnedError              a pin forbids it, or one pin too many
 └── CacheClosedError
@@ -155,6 +156,13 @@ class DiskFullError(StoreError):
 
 class NoRoomError(LoraCacheError):
     """Speculative staging would have taken a place that others need."""
+
+
+class MemoryPressureError(NoRoomError):
+    """Memory is scarce, so nothing optional is begun: no new pins, no speculative loads.
+
+    Requests are served as before. Try again when the pressure is over.
+    """
 
 
 class LeaseTimeoutError(LoraCacheError, TimeoutError):

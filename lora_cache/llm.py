@@ -78,7 +78,8 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         max_loras: GPU slots; 8 if not given.
         max_cpu_loras: adapters in host memory and one place to load into; 4 × `max_loras` + 1.
         sources: as for `AsyncLoraCache`, e.g. a `HubSource` for some organisations only.
-        options: settings of the cache (`CacheConfig`) and arguments of vLLM.
+        options: settings of the cache (`CacheConfig`) and arguments of vLLM.  `publish` and
+            `memory_pressure` are off, if not given.
 
     Raises:
         ConfigError: the settings contradict each other.
@@ -100,6 +101,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
     ) -> None:
         settings = {k: options.pop(k) for k in list(options) if k in CacheConfig.model_fields}
         settings.setdefault("publish", False)
+        settings.setdefault("memory_pressure", False)  # its loop runs only while it generates
         # Before the engine is started for nothing:
         config = CacheConfig.of(cast(CacheSettings, settings))
         if options.setdefault("enable_lora", True) is not True:

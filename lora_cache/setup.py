@@ -43,4 +43,6 @@ def limits_of(config: CacheConfig, engine: Capabilities) -> Limits:
         drain_after_s=config.drain_after_s,
         retry_s=config.retry_s,
         retry_max_s=config.retry_max_s,
+        # As long as pressure must be gone before it counts as over: by then a step has shown.
+        shrink_every_s=config.host_marks.dwell_s,
     )

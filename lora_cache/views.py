@@ -5,13 +5,15 @@ Plain frozen records; `to_dict` of each is the documented form of every ``--json
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_cache.adapter import AdapterKey
 from lora_cache.catalog import Catalog
 from lora_cache.engines import Engine
-from lora_cache.events import Events, Eviction
+from lora_cache.events import Events, Eviction, MemoryEvent
+from lora_cache.level import Level
 from lora_cache.planner import Counters, Planner
 from lora_cache.policies import explain
 from lora_cache.state import CopyState, Tier
@@ -44,6 +46,10 @@ class Stats:
     load_failures: int
     drains: int
     drift: int
+    given_back: int
+    given_back_bytes: int
+    prefetches_refused: int
+    pins_refused: int
     waited_s: float
     load_s: float
 
@@ -111,12 +117,47 @@ class AdapterStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryStatus:
+    """How scarce memory is, and what follows for the cache.
+
+    Attributes:
+        levels: by resource: ``"host"``, and the UUIDs of GPUs that have been under pressure; empty
+            if nothing is watched.
+        host_bytes_now: what host memory may hold now; None: what is configured.  Adapters that are
+            leased, pinned or in a slot stay, even if they alone are more.
+        speculates: what nobody waits for may be loaded.
+        events: the last changes, newest first.
+    """
+
+    levels: Mapping[str, Level]
+    host_bytes_now: int | None
+    speculates: bool
+    events: tuple[MemoryEvent, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of ``--json``."""
+        return {
+            "levels": {name: level.label for name, level in self.levels.items()},
+            "host_bytes_now": self.host_bytes_now,
+            "speculates": self.speculates,
+            "events": [event.to_dict() for event in self.events],
+        }
+
+
+def memory_of(planner: Planner, events: Events, levels: Mapping[str, Level]) -> MemoryStatus:
+    """The part of a snapshot that is about memory."""
+    now, speculates = planner.residency.host.target, planner.squeeze.speculates
+    return MemoryStatus(dict(levels), now, speculates, events.of_memory)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Who is where, at one moment.
 
     Attributes:
         slots: how many slots the engine has for us; `host_entries` likewise for host memory.
-        host_bytes: bytes charged in host memory; `host_bytes_max` is the budget, or None.
+        host_bytes: bytes charged in host memory; `host_bytes_max` is what is configured, or None.
+        memory: how scarce memory is, and what that makes of the budget.
         waiting: callers that wait for a slot or a load, over all adapters.
         adapters: slots first, by index; then host memory, then who only waits.
         at_s: when, on the cache's clock.
@@ -135,10 +176,12 @@ class Snapshot:
     adapters: tuple[AdapterStatus, ...]
     at_s: float
     evictions: tuple[Eviction, ...]
+    memory: MemoryStatus
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``--json``."""
-        return asdict(self) | {"evictions": [event.to_dict() for event in self.evictions]}
+        evictions = [event.to_dict() for event in self.evictions]
+        return asdict(self) | {"evictions": evictions, "memory": self.memory.to_dict()}
 
     def why(self, key: AdapterKey | str) -> str:
         """Why an adapter is where it is: what keeps it there, or what took it away.
@@ -182,7 +225,12 @@ def _whereabouts(row: AdapterStatus | None) -> str:
 
 
 def snapshot_of(
-    planner: Planner, catalog: Catalog, engine: Engine, events: Events, now: float
+    planner: Planner,
+    catalog: Catalog,
+    engine: Engine,
+    events: Events,
+    memory: MemoryStatus,
+    now: float,
 ) -> Snapshot:
     """Draw the picture that `AsyncLoraCache.snapshot` returns."""
     gpu, host = planner.residency.gpu, planner.residency.host
@@ -232,4 +280,5 @@ def snapshot_of(
         adapters=tuple(rows),
         at_s=now,
         evictions=events.recent,
+        memory=memory,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lora_cache import Eviction, Tier
+from lora_cache.events import Event
 from lora_cache.planner import Limits, Planner, Start
 from lora_cache.policies import FIFO, LRU
 from lora_cache.testing import RandomPolicy
@@ -17,7 +18,7 @@ from tests.test_cache import ref, run, world
 
 
 def test_the_event_says_why_this_victim_and_who_was_next() -> None:
-    seen: list[Eviction] = []
+    seen: list[Event] = []
 
     async def main() -> None:
         async with world(2, 4, policy="lru") as w:
@@ -32,6 +33,8 @@ def test_the_event_says_why_this_victim_and_who_was_next() -> None:
 
     run(main())
     (event,) = seen
+    assert isinstance(event, Eviction)
+    assert event.newcomer is not None
     assert (event.victim.name, event.newcomer.name, event.tier) == ("b", "c", Tier.GPU)
     assert event.reason.startswith("last used 20")
     assert event.runner_up is not None
@@ -137,10 +140,10 @@ def test_places_are_the_order_in_which_copies_will_leave() -> None:
 
 
 def test_a_listener_that_fails_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    def fail(event: Eviction) -> None:
+    def fail(event: Event) -> None:
         raise RuntimeError("broken")
 
-    seen: list[Eviction] = []
+    seen: list[Event] = []
 
     async def main() -> None:
         async with world(1, 2) as w:

@@ -1,8 +1,9 @@
 """Does `lora_cache.memory` see what happens on a real GPU, and at what cost?
 
     python3 -m benchmarks.gpu.memory_check --json OUT
+    python3 -m benchmarks.gpu.memory_check --tiny        (CPU: only what happens under pressure)
 
-Three questions:
+Four questions:
 
 * figures: what NVML says beside what CUDA says (total, reserved), and how both move when this
   process allocates a GiB on the GPU; is this process in the list of those that use it?
@@ -10,15 +11,21 @@ Three questions:
   it (`cudaHostAlloc`), and when shared memory is registered (`cudaHostRegister`)?
 * cost: the sampler's thread for `--seconds`, once a second, with the real driver; it must take less
   than a thousandth of a core.  And the CPU time of each call on its own.
+* pressure: a second process takes the GPU's memory, and host memory is said to be full, under a
+  server: is it noticed within a second, does what we hold shrink, does a request fail?
+  (`pressure_check.py`, in a process of its own.)
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import mmap
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,11 +101,29 @@ def cpu_us(call: Callable[[], object], times: int = 200) -> float:
     return round((time.thread_time() - began) / times * 1e6, 1)
 
 
+def pressure(tiny: bool) -> Row:
+    """What `pressure_check` finds."""
+    with tempfile.TemporaryDirectory() as directory:
+        found = Path(directory) / "found.json"
+        command = [sys.executable, "-m", "benchmarks.gpu.pressure_check", "--json", str(found)]
+        subprocess.run([*command, *(["--tiny"] if tiny else [])], check=False)
+        if not found.exists():
+            return {"faults": ["pressure_check ended without figures"]}
+        row: Row = json.loads(found.read_text())
+        return row
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU")
     parser.add_argument("--json", type=Path, help="also write the raw figures here")
     options = parser.parse_args()
+    under_pressure = pressure(options.tiny)  # first: it needs the whole GPU
+    if options.tiny:
+        if options.json:
+            write_raw(options.json, "benchmarks.gpu.memory_check", (), pressure=under_pressure)
+        return bool(under_pressure["faults"])
 
     import torch
 
@@ -135,11 +160,12 @@ def main() -> int:
     raw: Row = {"figures": figures, "page_locked_mib": kernel, "cpu_us": costs, "thread": thread}
     for name, value in raw.items():
         print(f"{name}: {value}")
+    raw["pressure"] = under_pressure  # printed already
     if options.json:
         device = torch.cuda.get_device_name()
         packages = ("torch", "nvidia-ml-py")
         write_raw(options.json, "benchmarks.gpu.memory_check", packages, device=device, **raw)
-    return int(cost.share >= LIMIT)
+    return int(cost.share >= LIMIT or bool(under_pressure["faults"]))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lora_cache.cli.output import (
     human_seconds,
     make_console,
     one_line,
+    plural,
     print_json,
     table,
 )
@@ -61,6 +62,7 @@ def _show(cache: dict[str, Any]) -> RenderableType:
     body = (
         resident if snapshot["adapters"] else Text("nothing is resident yet"),
         *_lines(cache),
+        *_pressure(cache),
         *_evictions(snapshot, aged),
         *_memory(cache),
     )
@@ -98,11 +100,34 @@ def _evictions(snapshot: dict[str, Any], aged: float) -> list[Text]:
         victim, newcomer, runner_up = (
             event[f"{who}_name"] or event[who] for who in ("victim", "newcomer", "runner_up")
         )
-        text = f"{ago} ago {victim} left {place} for {newcomer}: {event['reason']}"
+        cause = f"for {newcomer}" if newcomer else "because memory is scarce"
+        text = f"{ago} ago {victim} left {place} {cause}: {event['reason']}"
         if runner_up:
             text += f"; next: {runner_up}, {event['runner_up_reason']}"
         lines.append(Text(one_line(text), style="dim"))
     return lines
+
+
+def _pressure(cache: dict[str, Any]) -> list[Text]:
+    """What scarce memory does, or did, to the cache; nothing if that is nothing."""
+    stats, memory = cache["stats"], cache["snapshot"].get("memory") or {}
+    levels = memory.get("levels") or {}
+    scarce = [f"{level} on {name}" for name, level in levels.items() if level != "none"]
+    given, prefetches, pins = (
+        stats.get(name, 0) for name in ("given_back", "prefetches_refused", "pins_refused")
+    )
+    if not (scarce or given or prefetches or pins):
+        return []
+    now = memory.get("host_bytes_now")
+    return [
+        Text(
+            f"memory pressure: {', '.join(scarce) or 'none now'}"
+            + ("" if now is None else f", host budget down to {human_bytes(now)}")
+            + f"; {plural(given, 'copy', 'copies')} "
+            f"({human_bytes(stats.get('given_back_bytes', 0))}) given back, refused "
+            f"{plural(prefetches, 'prefetch', 'prefetches')} and {plural(pins, 'pin')}"
+        )
+    ]
 
 
 def _lines(cache: dict[str, Any]) -> tuple[Text, Text]:

@@ -117,6 +117,9 @@ class Engine(Protocol):
         """Slot index → key, as far as the engine knows without being asked."""
         ...
 
+    def conserve(self, is_scarce: bool) -> None:
+        """Memory is scarce: from now on hold none but for adapters; or it is so no more."""
+
     def begin_use(self, key: AdapterKey) -> None:
         """A lease on `key` begins: from now on requests may run with it."""
 

@@ -148,6 +148,9 @@ class StockEngine(ManagedVllm):
     def watch(self, drifted: Callable[[], None]) -> None:
         pass  # vLLM tells nothing unasked
 
+    def conserve(self, is_scarce: bool) -> None:
+        pass  # nothing is held but adapters
+
     def begin_use(self, key: AdapterKey) -> None:
         self._mirror.begin_use(key)
 

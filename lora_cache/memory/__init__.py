@@ -1,8 +1,9 @@
 """What memory there is, on the GPUs and on the host, and when it grows scarce."""
 
+from lora_cache.level import Level
 from lora_cache.memory.host import Host, HostMemory, ProcessMemory
 from lora_cache.memory.nvml import GpuMemory, GpuProcess, GpuReading, Gpus
-from lora_cache.memory.pressure import Level, Marks, Pressure, PressureEvent
+from lora_cache.memory.pressure import Marks, Pressure, PressureEvent
 from lora_cache.memory.sampler import MemorySample, Sampler, SamplerCost
 from lora_cache.memory.visible import Gpu, MigPart, Visible, visible_devices
 

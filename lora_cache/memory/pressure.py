@@ -11,22 +11,10 @@ grow again can.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
+from typing import Any
 
 from lora_cache.errors import ConfigError
-
-
-class Level(IntEnum):
-    """How scarce memory is; higher is scarcer."""
-
-    NONE = 0
-    SOFT = 1  #: stop what is optional: speculative loads
-    HARD = 2  #: give something back
-
-    @property
-    def label(self) -> str:
-        """As it is written in events and JSON."""
-        return self.name.lower()
+from lora_cache.level import Level
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +43,11 @@ class Marks:
             )
 
 
+HOST_MARKS = Marks()
+#: Late, because vLLM takes its share of a GPU at once and keeps it.
+GPU_MARKS = Marks(soft=0.98, hard=0.995, band=0.01)
+
+
 @dataclass(frozen=True, slots=True)
 class PressureEvent:
     """A level has changed.
@@ -77,6 +70,16 @@ class PressureEvent:
             f"{self.resource}: {self.share:.1%} of memory is in use, pressure was "
             f"{self.before.label}, now {self.after.label}"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of ``--json``."""
+        return {
+            "at_s": self.at_s,
+            "resource": self.resource,
+            "before": self.before.label,
+            "after": self.after.label,
+            "share": round(self.share, 4),
+        }
 
 
 @dataclass(slots=True)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora_cache.errors import ConfigError
+from lora_cache.level import Level
 from lora_cache.memory.host import Host, HostMemory, ProcessMemory
 from lora_cache.memory.nvml import GpuReading, Gpus
-from lora_cache.memory.pressure import Level, Marks, Pressure, PressureEvent
+from lora_cache.memory.pressure import GPU_MARKS, HOST_MARKS, Marks, Pressure, PressureEvent
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class Sampler:
         pid: the process to watch; this one, if not given.
         history: how many samples are kept.
         host_marks: when pressure on host memory begins and ends.
-        gpu_marks: likewise on each GPU: late, because vLLM takes its share at once and keeps it.
+        gpu_marks: likewise on each GPU.
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class Sampler:
         history: int = 300,
         processes_every: int = 10,
         max_share: float = 0.0005,
-        host_marks: Marks = Marks(),  # noqa: B008 - frozen
-        gpu_marks: Marks = Marks(soft=0.98, hard=0.995, band=0.01),  # noqa: B008 - frozen
+        host_marks: Marks = HOST_MARKS,
+        gpu_marks: Marks = GPU_MARKS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not (period_s > 0 and history > 0 and processes_every > 0 and max_share > 0):
@@ -146,7 +147,7 @@ class Sampler:
     def sample(self) -> MemorySample:
         """Take one now, in this thread."""
         with self._lock:
-            sample, events, _ = self._sample()
+            sample, events = self._sample()
         self._tell(events)
         return sample
 
@@ -178,12 +179,14 @@ class Sampler:
         wait_s = 0.0
         while not self._ending.wait(wait_s):
             with self._lock:
-                _, events, cpu_s = self._sample()
+                _, events = self._sample()
+                # What one costs on average: a single slow one must not make the next one late.
+                cpu_s = self._cpu_s / max(1, self._taken - 1)
             self._tell(events)
             wait_s = max(self._period_s, min(_LONGEST_WAIT_S, cpu_s / self._max_share))
 
-    def _sample(self) -> tuple[MemorySample, list[PressureEvent], float]:
-        """Take one.  Returns also what has changed, and the CPU time that it took."""
+    def _sample(self) -> tuple[MemorySample, list[PressureEvent]]:
+        """Take one.  Returns also what has changed."""
         began, now = time.thread_time(), self._clock()
         gpus = GpuReading()
         if self._gpus is not None:
@@ -196,7 +199,7 @@ class Sampler:
             self._first_s, self._setup_s, cpu_s = now, cpu_s, 0.0
         self._cpu_s += cpu_s
         self._taken, self._last_s = self._taken + 1, now
-        return sample, events, cpu_s
+        return sample, events
 
     def _weigh(self, sample: MemorySample) -> list[PressureEvent]:
         shares = {HOST: sample.host.share if sample.host else None}

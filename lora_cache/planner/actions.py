@@ -104,7 +104,18 @@ class Start(NamedTuple):
     choices: tuple[Choice, ...] = ()
 
 
-Action = Granted | Refused | Start
+class Resized(NamedTuple):
+    """The host budget has changed under memory pressure; nothing is to be done.
+
+    Attributes:
+        before, after: in bytes; None: what is configured.
+    """
+
+    before: int | None
+    after: int | None
+
+
+Action = Granted | Refused | Start | Resized
 
 # The same as the classes, of a tuple of all their fields: for the planner, which makes one or more
 # for every request.  They are filled in C, in half the time.
@@ -141,6 +152,7 @@ class Limits:
         drain_after_s: seconds that the oldest waiter waits before a victim takes no new leases.
         retry_s: seconds before a failed load is tried again; doubles with each failure.
         retry_max_s: upper bound of that.
+        shrink_every_s: seconds between two steps by which host memory shrinks under pressure.
     """
 
     slots: int
@@ -151,6 +163,7 @@ class Limits:
     drain_after_s: float = 1.0
     retry_s: float = 1.0
     retry_max_s: float = 60.0
+    shrink_every_s: float = 10.0
 
 
 @dataclass(slots=True)
@@ -168,6 +181,9 @@ class Counters:
         load_failures: transitions that the engine could not carry out.
         drains: victims that took no new leases because somebody had waited too long.
         drift: copies that `reconcile` found missing, or unasked for.
+        given_back: copies that left host memory because memory was scarce, for no other copy.
+        given_back_bytes: what they were charged.
+        prefetches_refused, pins_refused: what was not begun because memory was scarce.
     """
 
     slot_hits: int = 0
@@ -181,3 +197,7 @@ class Counters:
     load_failures: int = 0
     drains: int = 0
     drift: int = 0
+    given_back: int = 0
+    given_back_bytes: int = 0
+    prefetches_refused: int = 0
+    pins_refused: int = 0

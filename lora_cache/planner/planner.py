@@ -17,9 +17,9 @@ from math import inf
 
 from lora_cache.errors import LoraCacheError, PinnedError
 from lora_cache.key import AdapterKey
+from lora_cache.level import Level
 from lora_cache.planner.actions import (
     Action,
-    Counters,
     Granted,
     Holdings,
     Limits,
@@ -30,10 +30,10 @@ from lora_cache.planner.actions import (
     make_granted,
     make_start,
 )
-from lora_cache.planner.failures import Failures, again
+from lora_cache.planner.answers import Answers
+from lora_cache.planner.failures import again
 from lora_cache.planner.invariants import check_invariants
-from lora_cache.planner.residency import Residency, no_room
-from lora_cache.planner.waiting import Demand, Flight, Ticket, Tickets, WaitingLine
+from lora_cache.planner.waiting import Demand, Flight, Ticket, Tickets
 from lora_cache.policies import Policy, RemovalReason
 from lora_cache.state import CopyState, Tier
 
@@ -44,7 +44,7 @@ _EVICTED, _REMOVED = RemovalReason
 _READY = CopyState.READY
 
 
-class Planner:
+class Planner(Answers):
     """Decides which adapter is in which tier.
 
     Not thread-safe: one caller at a time.  Tickets are numbers that the caller makes up; each is
@@ -58,20 +58,14 @@ class Planner:
     def __init__(
         self, limits: Limits, gpu_policy: Policy, host_policy: Policy, *, explains: bool = False
     ) -> None:
-        self.limits = limits
-        self.residency = Residency(limits, gpu_policy, host_policy)
-        self.waiting = WaitingLine()
-        self.counters = Counters()
+        super().__init__(limits, gpu_policy, host_policy)
         self._explains = explains
-        self._failures = Failures(limits.retry_s, limits.retry_max_s)
         # False until there is something to refuse a lease for: a budget of bytes, a failed load.
         self._may_refuse = limits.host_bytes is not None
-        self._held: dict[int, AdapterKey] = {}  # granted leases by ticket
         self._flights: dict[int, Flight] = {}
         self._loading: dict[AdapterKey, Flight] = {}  # flights by newcomer
         self._max_in_flight = inf if limits.max_in_flight is None else limits.max_in_flight
         self._ops = count(1)
-        self._actions: list[Action] = []
 
     # ------------------------------------------------------------------ events: callers
 
@@ -154,15 +148,28 @@ class Planner:
         self._pump(now)
         return self._take_actions()
 
+    def press(self, host: Level, gpu: Level, now: float) -> list[Action]:
+        """Memory is as scarce as this now; `Squeeze` says what that changes.
+
+        Args:
+            gpu: the highest level of the engine's GPUs.
+        """
+        self.squeeze.press(host, gpu)
+        self._pump(now)
+        return self._take_actions()
+
+    @property
+    def awaits_tick(self) -> bool:
+        """There may be a `next_deadline`."""
+        return bool(self.waiting.demands) or self.squeeze.active
+
     def next_deadline(self, now: float) -> float | None:
-        """When `tick` must be called next, because somebody will have waited too long by then."""
-        for demand in self.waiting.demands.values():
-            if demand.repair:
-                return self._failures.until(demand.key, now)
-            deadline = demand.since + self.limits.drain_after_s
-            if deadline > now:
-                return deadline
-        return None
+        """When `tick` must be called next.
+
+        Somebody will have waited too long by then, or scarce memory asks for the next step.
+        """
+        due = self._next_overdue(now), self.squeeze.deadline(now)
+        return min((at for at in due if at is not None), default=None)
 
     # ------------------------------------------------------------------ events: the engine
 
@@ -171,11 +178,13 @@ class Planner:
         flight = self._flights.pop(op)
         move, counters, residency = flight.move, self.counters, self.residency
         key = move.load
-        reason = _REMOVED if key is None else _EVICTED
+        if flight.gives_back:
+            self._gave_back(move.drop)
+        reason = _REMOVED if key is None and not flight.gives_back else _EVICTED
         from_host = key is not None and flight.source is _HOST
         left_gpu, left_host = residency.commit(op, reason, cost_s, now, from_host)
         if key is None:
-            counters.unloads += left_host
+            counters.unloads += 0 if flight.gives_back else left_host
         else:
             del self._loading[key]
             if self._may_refuse:
@@ -186,7 +195,8 @@ class Planner:
             counters.disk_loads += flight.source is _DISK
             for request in flight.tickets.values():
                 self._grant(request, flight.source, now)
-        if residency.unloading or self.waiting.demands or residency.may_drain:
+        in_motion = residency.unloading or residency.may_drain or self.squeeze.active
+        if in_motion or self.waiting.demands:
             self._after_flight(move, now)
         actions, self._actions = self._actions, []
         return actions
@@ -208,8 +218,10 @@ class Planner:
                 it was in host memory and is no more.
         """
         flight = self._flights.pop(op)
-        move = flight.move
-        self.residency.abort(op, frozenset(demoted), frozenset(dropped), now)
+        move, gone = flight.move, frozenset(dropped)
+        if flight.gives_back:
+            self._gave_back(gone)
+        self.residency.abort(op, frozenset(demoted), gone, now)
         self.counters.load_failures += 1
         self._may_refuse = True
         if move.load is not None:
@@ -221,6 +233,7 @@ class Planner:
                 self._abandon(demand, error)
             self._repair(move.load, flight.nbytes)
         else:
+            self.squeeze.failed(now, self.limits.retry_s)
             for key in move.drop:
                 for ticket in self.residency.unloading.pop(key, ()):
                     self._actions.append(Refused(ticket, again(error)))
@@ -277,55 +290,13 @@ class Planner:
             moves=[flight.move for flight in self._flights.values()],
         )
 
-    # ------------------------------------------------------------------ granting, refusing
-
-    def _grant(self, request: Ticket, served_from: Tier, now: float) -> None:
-        if request.want is _LEASE:
-            self._held[request.number] = request.key
-            self.residency.add_lease(request.key, now)
-            if served_from is _HOST:
-                self.counters.host_hits += 1
-            elif served_from is _DISK:
-                self.counters.disk_hits += 1
-            else:
-                self.counters.slot_hits += 1
-        else:
-            self.residency.pins.establish(request.number)
-        self._actions.append(make_granted((request.number, served_from)))
-
-    def _grant_waiting(self, key: AdapterKey, now: float) -> None:
-        """Grant the tickets in line for `key` whose tier is ready."""
-        demand = self.waiting.get(key)
-        if demand is None:
-            return
-        if demand.repair and self.residency.is_ready(key, demand.repair):
-            self.waiting.repaired(key)
-        for request in list(demand.tickets.values()):
-            if self.residency.is_ready(key, request.want.tier):
-                self.waiting.leave(request)
-                self._grant(request, self.residency.found_in(key), now)
-
-    def _refusal(self, request: Ticket, now: float) -> LoraCacheError | None:
-        """Why this ticket is hopeless from the start, if it is."""
-        return (
-            self._failures.standing(request.key, now)
-            or self.residency.pins.refusal(request.key, request.want)
-            or self.residency.too_large(request.key, request.nbytes)
-        )
-
-    def _refuse(self, request: Ticket, error: LoraCacheError) -> None:
-        self.residency.pins.withdraw(request.number)
-        self._actions.append(Refused(request.number, again(error)))
-
-    def _take_actions(self) -> list[Action]:
-        actions, self._actions = self._actions, []
-        return actions
-
     # ------------------------------------------------------------------ serving the line
 
     def _pump(self, now: float) -> None:
         """Serve the line, oldest first, as far as there is room; then balance the drains."""
-        slots_left = True
+        if self.squeeze.active:
+            self._give_back(now)
+        slots_left, speculates = True, self.squeeze.speculates
         for demand in self.waiting:
             key = demand.key
             needs_slot = demand.tier is _GPU or not self.limits.stages_without_slot
@@ -340,6 +311,8 @@ class Planner:
                 self._undrain(key, now)  # set aside for an older waiter; now its own turn came
             elif not demand.repair and (error := self.residency.too_large(key, demand.nbytes)):
                 self._abandon(demand, error)
+            elif not speculates and demand.speculative:
+                self._refuse_speculation(demand)
             elif self._is_busy:
                 break  # decided when the engine has finished
             elif needs_slot and not slots_left:
@@ -354,20 +327,9 @@ class Planner:
                 self._refuse_speculation(demand)
         self._balance_drains(now)
 
-    def _abandon(self, demand: Demand, error: LoraCacheError) -> None:
-        self.waiting.remove(demand.key)
-        for request in demand.tickets.values():
-            self._refuse(request, error)
-
     @property
     def _is_busy(self) -> bool:
         return len(self._flights) >= self._max_in_flight
-
-    def _refuse_speculation(self, demand: Demand) -> None:
-        for request in list(demand.tickets.values()):
-            if request.want is _STAGE:
-                self.waiting.leave(request)
-                self._refuse(request, no_room(demand.key))
 
     def _start_at_once(self, request: Ticket, now: float) -> Start | None:
         """Do for a lease what joining an empty line and serving it would, without the line."""
@@ -415,10 +377,6 @@ class Planner:
         for key in spared:
             self._undrain(key, now)
 
-    def _undrain(self, key: AdapterKey, now: float) -> None:
-        self.residency.undrain(key, now)
-        self._grant_waiting(key, now)
-
     def _advance_unload(self, key: AdapterKey, now: float) -> None:
         """The next step of an unload: wait for a load, drain, drop, report; or give it up."""
         tickets = self.residency.unloading.get(key)
@@ -439,21 +397,21 @@ class Planner:
             if key not in self.residency.leases and not self._is_busy:
                 self._drop([key], now)
 
-    def _drop(self, keys: list[AdapterKey], now: float) -> None:
+    def _give_back(self, now: float) -> None:
+        """Bring host memory down to its budget, as far as anybody may leave."""
+        if resized := self.squeeze.advance(now):
+            self._actions.append(resized)
+        if not self._is_busy and (surplus := self.squeeze.surplus(now)):
+            self._drop(surplus, now, gives_back=True)
+
+    def _gave_back(self, keys: Iterable[AdapterKey]) -> None:
+        for copy in filter(None, map(self.residency.host.get, keys)):
+            self.counters.given_back += 1
+            self.counters.given_back_bytes += copy.nbytes
+
+    def _drop(self, keys: list[AdapterKey], now: float, gives_back: bool = False) -> None:
         move = Transition(next(self._ops), drop=tuple(keys))
-        self._flights[move.op] = Flight(move, _HOST)
+        self._flights[move.op] = Flight(move, _HOST, gives_back=gives_back)
         self.residency.begin_drop(move, now)
-        self._actions.append(Start(move))
-
-    def _repair(self, key: AdapterKey, nbytes: int = 0) -> None:
-        """Put `key` first in line if a lease or a pin holds it where it is not; else take it out.
-
-        Until it is back nobody else gets the slot that it lost, so leased ∪ pinned still fit.
-        """
-        leased = key in self.residency.leases
-        tier = _GPU if leased else self.residency.pins.tier_of(key)
-        demand = self.waiting.get(key)
-        if tier is not None and not self.residency.has(key, tier):
-            self.waiting.repair(key, max(nbytes, demand.nbytes if demand else 0), tier)
-        elif demand is not None and demand.repair:
-            self.waiting.repaired(key)
+        explains = gives_back and self._explains
+        self._actions.append(Start(move, self.residency.choices(move, now) if explains else ()))

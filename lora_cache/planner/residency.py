@@ -142,6 +142,10 @@ class Residency:
                 return None
             demote.append(extra)
 
+    def surplus(self, now: float) -> list[AdapterKey]:
+        """Who must leave host memory to come down to its target, as far as they may.  Pure."""
+        return self.host.beyond_target(self._may_leave_host(frozenset()), now)
+
     def _may_leave_slot(self, slot: Copy) -> bool:
         if slot.op:
             return False

@@ -25,6 +25,10 @@ class TierTable:
 
     Copies that no transition moves are *settled*; the others belong to the claim of their
     transition.  ``settled + claims`` never exceeds the budget, in entries and in bytes.
+
+    Attributes:
+        target: bytes to come down to while memory is scarce, or None.  Unlike `max_bytes` it keeps
+            nobody out: it is exceeded by what cannot leave, and by nothing else.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class TierTable:
         self.policy = policy
         self.max_entries = max_entries
         self.max_bytes = max_bytes
+        self.target: int | None = None
         self.copies: dict[AdapterKey, Copy] = {}
         self.get = self.copies.get
         self.claims: dict[int, _Claim] = {}
@@ -73,8 +78,9 @@ class TierTable:
         """
         entries = self._entries + 1 - self.max_entries
         excess = 0 if self.max_bytes is None else self._nbytes + nbytes - self.max_bytes
+        surplus = 0 if self.target is None else self._surplus(nbytes)
         victims: list[AdapterKey] = []
-        if entries <= 0 and excess <= 0:
+        if entries <= 0 and excess <= 0 and surplus <= 0:
             return victims
         for key in self.policy.rank_victims(now):
             copy = self.copies[key]
@@ -82,9 +88,29 @@ class TierTable:
                 victims.append(key)
                 entries -= 1
                 excess -= copy.nbytes
-                if entries <= 0 and excess <= 0:
+                surplus -= copy.nbytes
+                if entries <= 0 and excess <= 0 and surplus <= 0:
                     return victims
-        return None
+        return victims if entries <= 0 and excess <= 0 else None
+
+    def beyond_target(self, evictable: Callable[[Copy], bool], now: float) -> list[AdapterKey]:
+        """Who must leave to come down to the target, the policy's best ones, as far as they may."""
+        surplus = self._surplus(0)
+        victims: list[AdapterKey] = []
+        if surplus > 0:
+            for key in self.ranked(evictable, now):
+                victims.append(key)
+                surplus -= self.copies[key].nbytes
+                if surplus <= 0:
+                    break
+        return victims
+
+    def _surplus(self, more: int) -> int:
+        """Bytes beyond the target, `more` included, when all that moves has arrived or left."""
+        if self.target is None or self._nbytes + more <= self.target:
+            return 0
+        staying = sum(copy.nbytes for copy in self if copy.state is not _DRAINING)
+        return staying + more - self.target
 
     def ranked(self, evictable: Callable[[Copy], bool], now: float) -> Iterator[AdapterKey]:
         """Keys that may be evicted, in the policy's order."""

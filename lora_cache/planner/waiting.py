@@ -77,12 +77,14 @@ class Flight:
     Attributes:
         source: where the newcomer was found.
         nbytes: what it is charged in host memory.
+        gives_back: it drops copies because memory is scarce.
     """
 
     move: Transition
     source: Tier
     nbytes: int = 0
     tickets: Tickets = field(default_factory=dict)
+    gives_back: bool = False
 
 
 class WaitingLine:

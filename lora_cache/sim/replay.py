@@ -188,7 +188,7 @@ class HeldReplay(Replay):
             elif isinstance(action, Start):
                 seconds = self._load(action.transition)
                 self._schedule(now + seconds, action.transition, seconds)
-            else:
+            elif isinstance(action, Refused):
                 raise action.error
         if not self.planner.waiting.demands:
             self._deadline = math.inf

@@ -164,6 +164,9 @@ class FakeEngine:
     def watch(self, drifted: Callable[[], None]) -> None:
         self._drifted = drifted
 
+    def conserve(self, is_scarce: bool) -> None:
+        pass
+
     def begin_use(self, key: AdapterKey) -> None:
         self.uses[key] += 1
 

@@ -7,12 +7,14 @@ from itertools import count
 
 from lora_cache.adapter import AdapterKey
 from lora_cache.errors import LoadFailedError, LoraCacheError
+from lora_cache.level import Level
 from lora_cache.planner import (
     Action,
     Granted,
     Limits,
     Planner,
     Refused,
+    Resized,
     Start,
     Transition,
     Want,
@@ -43,6 +45,7 @@ class Driver:
         self.granted: dict[int, Granted] = {}
         self.refused: dict[int, LoraCacheError] = {}
         self.unloads: set[int] = set()
+        self.budgets: list[tuple[float, int | None]] = []  # when it changed, and to what
         self._tickets = count(1)
 
     def acquire(self, number: int, want: Want = Want.LEASE) -> int:
@@ -80,6 +83,9 @@ class Driver:
         self.take(self.planner.failed(move.op, error, self.now, dropped=dropped))
         return move
 
+    def press(self, host: Level = Level.NONE, gpu: Level = Level.NONE) -> None:
+        self.take(self.planner.press(host, gpu, self.now))
+
     def lease(self, number: int) -> int:
         """Acquire, and carry out everything that it takes."""
         ticket = self.acquire(number)
@@ -112,7 +118,12 @@ class Driver:
                     self.refused[ticket] = error
                     self.unloads.discard(ticket)
                     self.waiting.pop(ticket, None)
+                case Resized(before, after):
+                    assert before == (self.budgets[-1][1] if self.budgets else None) != after
+                    self.budgets.append((self.now, after))
         self.planner.check()
+        if not self.planner.limits.max_in_flight or not self.flights:
+            assert not self.planner.squeeze.surplus(self.now), "idle copies beyond the budget"
         leased = dict.fromkeys(self.leases.values(), 0)
         for key in self.leases.values():
             leased[key] += 1

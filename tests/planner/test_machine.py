@@ -1,17 +1,22 @@
 """Hypothesis drives the planner through every event there is, in any order.
 
 After each one `Planner.check` asserts invariants 1, 2, 6, 7 and 9 (leases are counted twice,
-here and there); rules assert 5 (a failed load evicts nobody) and that nobody is forgotten.
+here and there); rules assert 5 (a failed load evicts nobody) and that nobody is forgotten.  Memory
+grows scarce and eases at any time: what is idle then leaves down to the budget (`Driver.take`),
+the budget shrinks no more often than it may, and is back when it is over.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lora_cache.errors import MemoryPressureError
+from lora_cache.level import Level
 from lora_cache.planner import Holdings, Limits, Want
 from lora_cache.policies import FIFO, GDSF, LFU, LRU, LRUK, SLRU, Sieve
 from lora_cache.state import CopyState
@@ -19,6 +24,7 @@ from lora_cache.testing import RandomPolicy
 from tests.planner.driver import Driver, key_of
 
 ADAPTERS = st.integers(0, 7)
+LEVELS = st.sampled_from(Level)
 POLICIES = st.sampled_from(
     [LRU, LFU, lambda: LFU(math.inf), FIFO, GDSF, LRUK, SLRU, Sieve, lambda: RandomPolicy(seed=7)]
 )
@@ -43,6 +49,7 @@ class PlannerMachine(RuleBasedStateMachine):
             max_in_flight=max_in_flight,
             drain_after_s=5.0,
             retry_s=2.0,
+            shrink_every_s=4.0,
         )
         self.driver = Driver(limits, gpu_policy, host_policy, nbytes=lambda number: 1 + number % 4)
 
@@ -97,6 +104,45 @@ class PlannerMachine(RuleBasedStateMachine):
         self.driver.now += seconds
         self.driver.take(self.driver.planner.tick(self.driver.now))
 
+    @rule(host=LEVELS, gpu=LEVELS)
+    def press(self, host: Level, gpu: Level) -> None:
+        kept = set(self.driver.planner.residency.pins.host)
+        before = self.budget
+        self.driver.press(host, gpu)
+        assert kept <= self.driver.planner.residency.pins.host, "a pin that exists stays"
+        if host is Level.NONE:
+            assert self.budget is None, "it is all back"
+        elif host is Level.SOFT:
+            assert self.budget == before
+
+    @rule(number=ADAPTERS, want=st.sampled_from([Want.STAGE, Want.PIN_HOST, Want.PIN_GPU]))
+    def ask_for_what_is_optional(self, number: int, want: Want) -> None:
+        """While memory is scarce nothing is begun for it."""
+        planner, key = self.driver.planner, key_of(number)
+        squeeze, pins = planner.squeeze, planner.residency.pins
+        held = {copy.key for copy in planner.residency.host}
+        pinned = key in pins.gpu or (want is Want.PIN_HOST and key in pins.host)
+        ticket = self.driver.acquire(number, want)
+        if want is Want.STAGE:
+            if not squeeze.speculates and key not in held:
+                assert all(move.load != key for move in self.driver.flights.values())
+        elif (squeeze.host or (squeeze.gpu and want is Want.PIN_GPU)) and not pinned:
+            assert isinstance(self.driver.refused[ticket], MemoryPressureError)
+
+    @property
+    def budget(self) -> int | None:
+        return self.driver.budgets[-1][1] if self.driver.budgets else None
+
+    @invariant()
+    def the_budget_does_not_flap(self) -> None:
+        """It shrinks at most once in `shrink_every_s`, and grows only when pressure is over."""
+        changes = self.driver.budgets
+        shrinks = [at for at, budget in changes if budget is not None]
+        assert all(b - a >= 4.0 for a, b in pairwise(shrinks))
+        for (_, before), (_, after) in pairwise(changes):
+            assert after is None or before is None or after < before
+        assert self.budget is None or self.driver.planner.squeeze.host is not Level.NONE
+
     @rule(lost=ADAPTERS, stranger=st.sampled_from([None, 90]), from_host=st.booleans())
     def drift(self, lost: int, stranger: int | None, from_host: bool) -> None:
         """The engine lost one copy and holds one that nobody asked for.
@@ -135,6 +181,8 @@ class PlannerMachine(RuleBasedStateMachine):
         ]
         if planner.limits.max_in_flight and planner.in_flight:
             return
+        if any(move.load is None for move in self.driver.flights.values()):
+            return  # the host copy of the oldest waiter may be leaving; it comes first all the same
         if not waiting or any(demand.repair for demand in planner.waiting):
             return
         if host.max_bytes is not None or host.used_entries == host.max_entries:
@@ -148,6 +196,8 @@ class PlannerMachine(RuleBasedStateMachine):
         driver = getattr(self, "driver", None)
         if driver is None:
             return
+        driver.press(gpu=Level.NONE)
+        assert driver.planner.residency.host.target is None
         for number in range(8):
             driver.take(driver.planner.unpin(key_of(number), driver.now))
         for _ in range(300):

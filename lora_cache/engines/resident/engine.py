@@ -317,6 +317,10 @@ class ResidentEngine(ManagedVllm):
     def watch(self, drifted: Callable[[], None]) -> None:
         self._drifted = drifted
 
+    def conserve(self, is_scarce: bool) -> None:
+        if self._images is not None:
+            self._images.conserve(is_scarce)
+
     def begin_use(self, key: AdapterKey) -> None:
         pass  # nothing here depends on who is used
 

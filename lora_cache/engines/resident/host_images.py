@@ -134,13 +134,9 @@ class HostImages:
         if native:
             await self._workers.command(lambda op, _: wire.Unload(op, native, forget=True))
 
-    async def conserve(self, is_scarce: bool) -> None:
-        """Memory is scarce: hold none beyond the images; or it is no more.
-
-        Raises:
-            WorkerError: a worker is lost.
-        """
-        await self._rooms.conserve(is_scarce)
+    def conserve(self, is_scarce: bool) -> None:
+        """Memory is scarce: hold none beyond the images, from now on; or it is no more."""
+        self._rooms.conserve(is_scarce)
 
     async def close(self) -> None:
         """Let the background work end; the workers may be gone."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass
 
 from lora_cache.engines.resident import wire
@@ -53,7 +54,8 @@ class Rooms:
         self._arena = arena
         self._line = line
         self._ready: list[Room] = []  # the oldest first
-        self._preparing: asyncio.Task[None] | None = None
+        self._preparing = False
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_scarce = False
         self.reused = 0
 
@@ -111,23 +113,25 @@ class Rooms:
     def prepare(self, nbytes: list[int]) -> None:
         """See to it that there is a room of this size, soon."""
         ready = any(room.nbytes == nbytes for room in self._ready)
-        if not ready and self._preparing is None and not self._is_scarce:
-            self._preparing = asyncio.create_task(self._prepare(nbytes), name="lora-cache-room")
+        if not (ready or self._preparing or self._is_scarce):
+            self._preparing = True
+            self._start(self._prepare(nbytes))
 
-    async def conserve(self, is_scarce: bool) -> None:
-        """Memory is scarce: keep nothing that is not in use; or it is no more.
-
-        Raises:
-            WorkerError: a worker is lost.
-        """
+    def conserve(self, is_scarce: bool) -> None:
+        """Memory is scarce: keep nothing that is not in use, from now on; or it is no more."""
         self._is_scarce = is_scarce
-        while is_scarce and self._ready:
-            await self._give_back(self._ready.pop())
+        if is_scarce:
+            self._start(self._clear())
 
     async def close(self) -> None:
-        """Stop preparing."""
-        if self._preparing is not None:
-            await asyncio.wait([self._preparing])
+        """Wait for what goes on in the background."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work, name="lora-cache-rooms")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _prepare(self, nbytes: list[int]) -> None:
         room = Room([], nbytes)
@@ -141,7 +145,14 @@ class Rooms:
         except WorkerError:
             logger.info("no room could be made ready", exc_info=True)
         finally:
-            self._preparing = None
+            self._preparing = False
+
+    async def _clear(self) -> None:
+        try:
+            while self._ready:
+                await self._give_back(self._ready.pop())
+        except WorkerError:
+            logger.info("memory could not be given back", exc_info=True)
 
     async def _allocate(self, nbytes: int) -> int:
         while True:
