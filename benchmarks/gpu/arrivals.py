@@ -205,12 +205,12 @@ async def measure(options: argparse.Namespace, bench: Bench, model: Path) -> Non
         engine.shutdown()
 
 
-def floor(root: Path) -> Any:
+def floor(root: Path, rank: int = 16) -> Any:
     """One copy from page-locked memory and one scatter, on this GPU, by themselves."""
     out = root / "floor.json"
     command = [sys.executable, "-m", "benchmarks.gpu.spike_arena", "--only-scatter", "--json"]
     subprocess.run([*command, str(out)], check=True, stdout=subprocess.DEVNULL)
-    return json.loads(out.read_text())["scatter"]["rank 16 in 16"]
+    return json.loads(out.read_text())["scatter"][f"rank {rank} in {rank}"]
 
 
 def main() -> int:

@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import rig
-from benchmarks.gpu.rig import Row
+from lora_cache.bench.servers import Managed, Row
+from lora_cache.bench.vllm import sampling
 from lora_cache.config import CacheConfig
 from lora_cache.errors import MemoryPressureError
 from lora_cache.events import BudgetEvent, Event
@@ -74,7 +75,7 @@ class ToldHost(Host):
 class Clients:
     """Requests for random adapters, one after the other, several at a time."""
 
-    server: rig.Managed
+    server: Managed
     adapters: int
     options: argparse.Namespace
     done: int = 0
@@ -90,7 +91,7 @@ class Clients:
 
     async def run(self, number: int) -> None:
         rng = random.Random(number)
-        params = rig.sampling(self.options.tokens)
+        params = sampling(self.options.tokens)
         while not self.stopping:
             words = rig.prompt(rng, self.options.prompt, self.options.tiny)
             try:
@@ -132,7 +133,7 @@ async def until(true: Callable[[], bool], limit_s: float = 60.0) -> float:
     return time.monotonic() - began
 
 
-async def optional_work(server: rig.Managed, clients: Clients) -> Row:
+async def optional_work(server: Managed, clients: Clients) -> Row:
     """What becomes of a prefetch and of a pin."""
     tiers = await server.cache.prefetch(server.paths[: clients.adapters])
     try:
@@ -167,7 +168,7 @@ async def second_process(fake: FakeGpu | None) -> AsyncIterator[tuple[float, int
         await hog.wait()
 
 
-async def on_the_gpu(server: rig.Managed, clients: Clients, heard: Heard, fake: Any) -> Row:
+async def on_the_gpu(server: Managed, clients: Clients, heard: Heard, fake: Any) -> Row:
     async with second_process(fake) as (at, taken):
         noticed = await heard.level(False, Level.SOFT, at - 1.0) - at
         during = await optional_work(server, clients)
@@ -184,7 +185,7 @@ async def on_the_gpu(server: rig.Managed, clients: Clients, heard: Heard, fake: 
     }
 
 
-async def on_the_host(server: rig.Managed, clients: Clients, heard: Heard, host: ToldHost) -> Row:
+async def on_the_host(server: Managed, clients: Clients, heard: Heard, host: ToldHost) -> Row:
     cache, engine = server.cache, server.cache._engine
 
     def held() -> Row:
@@ -244,7 +245,7 @@ async def measure(options: argparse.Namespace, root: Path) -> Row:
         gpu_marks=GPU_MARKS,
     )
     settings: Row = {"sampler": sampler, "host_marks": HOST_MARKS}
-    server = rig.Managed(engine, paths, "resident", **settings)
+    server = Managed(engine, paths, "resident", **settings)
     try:
         with sampler:
             await server.fill(range(options.adapters))

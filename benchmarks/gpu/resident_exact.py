@@ -11,8 +11,9 @@ slots, and than fit in host memory, so they come and go all the time while other
 answer is compared with vLLM's, its tokens and the log probabilities of the five likeliest.  At the
 end some adapters are leased, and their slots compared number for number.
 
-An answer that differs somewhere is *wrong* if another adapter's answers are nearer to it than those
-of its own, by the number of first tokens they share.
+An answer whose tokens differ is *wrong* if another adapter's answer is nearer to it than its own, by
+the log probabilities of the likeliest tokens up to where they part.  For control, the answers of
+each adapter are judged as if they were the next one's.
 """
 
 from __future__ import annotations
@@ -129,20 +130,30 @@ def shared(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
 
 
+def distance(one: Answer, other: Answer) -> float:
+    """How far apart: the most by which a log probability differs, up to the first other token.
+
+    A token that is among the likeliest of one answer alone counts as one that is far off.
+    """
+    agreed = shared(one.tokens, other.tokens)
+    found = 0.0
+    for a, b in zip(one.logprobs[: agreed + 1], other.logprobs[: agreed + 1], strict=True):
+        differences = sorted(abs(a[token] - b[token]) for token in a.keys() & b.keys())
+        found = max(found, differences[-1] if len(differences) >= LOGPROBS - 1 else 10.0)
+    return found
+
+
 def judge(answers: list[tuple[Question, Answer]], expected: Answers) -> Row:
     """How many are equal, to the last bit of the log probabilities, and how many are another's."""
     equal = bits = wrong = 0
     for (adapter, which), answer in answers:
-        tokens, own = answer.tokens, expected[adapter, which]
-        agreed = shared(tokens, own.tokens)
-        equal += agreed == len(tokens)
+        own = expected[adapter, which]
+        equal += answer.tokens == own.tokens
         bits += answer == own
-        others = (
-            shared(tokens, e.tokens)
-            for (a, w), e in expected.items()
-            if w == which and a != adapter
-        )
-        wrong += agreed < len(tokens) and max(others, default=0) >= max(agreed, 1)
+        if answer.tokens != own.tokens:
+            others = (e for (a, w), e in expected.items() if w == which and a != adapter)
+            nearest = min((distance(answer, other) for other in others), default=float("inf"))
+            wrong += nearest < distance(answer, own)
     return {"answers": len(answers), "equal": equal, "logprobs_equal": bits, "wrong": wrong}
 
 
@@ -284,8 +295,13 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
     again = rng.sample(questions, min(len(questions), 8 * options.slots))
     itself = judge(list(rig.native_answers(again).items()), expected)
     print(json.dumps({"start_s": round(started_s, 1), "stock_against_itself": itself}), flush=True)
-    at_random = asyncio.run(stock(rig, expected)) if options.stock_seconds else None
-    print(json.dumps({"stock_at_random": at_random}), flush=True)
+    neighbours = [
+        (((adapter + 1) % options.adapters, which), answer)
+        for (adapter, which), answer in expected.items()
+    ]
+    control = judge(neighbours, expected)
+    by_stock = asyncio.run(stock(rig, expected)) if options.stock_seconds else None
+    print(json.dumps({"stock_at_random": by_stock}), flush=True)
     resident, slots = asyncio.run(soak(rig, expected, native))
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -300,7 +316,8 @@ def measure(options: argparse.Namespace, root: Path) -> Row:
         "adapters_in_host_memory": options.host,
         "distinct_answers": len({tuple(answer.tokens) for answer in expected.values()}),
         "stock_against_itself": itself,
-        "stock_at_random": at_random,
+        "control": control,
+        "stock_at_random": by_stock,
         "resident_against_stock": resident,
         "slot_tensors": slots,
     }
