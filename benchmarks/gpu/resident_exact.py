@@ -11,9 +11,9 @@ slots, and than fit in host memory, so they come and go all the time while other
 answer is compared with vLLM's, its tokens and the log probabilities of the five likeliest.  At the
 end some adapters are leased, and their slots compared number for number.
 
-An answer whose tokens differ is *wrong* if another adapter's answer is nearer to it than its own, by
-the log probabilities of the likeliest tokens up to where they part.  For control, the answers of
-each adapter are judged as if they were the next one's.
+An answer that is not equal to the last bit is *wrong* if another adapter's is nearer to it than its
+own, by the log probabilities of the likeliest tokens up to where they part.  For control, the
+answers of each adapter are judged as if they were the next one's.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def judge(answers: list[tuple[Question, Answer]], expected: Answers) -> Row:
         own = expected[adapter, which]
         equal += answer.tokens == own.tokens
         bits += answer == own
-        if answer.tokens != own.tokens:
+        if answer != own:
             others = (e for (a, w), e in expected.items() if w == which and a != adapter)
             nearest = min((distance(answer, other) for other in others), default=float("inf"))
             wrong += nearest < distance(answer, own)
