@@ -34,6 +34,7 @@ from lora_cache.bench.ways import ManagedWay, PlainWay
 
 BUSY = 8  # adapters of the requests that decode
 _WINDOW_S = 0.4  # after an arrival
+_REST_S = 0.1  # what the last arrival set in motion ends: the engine is idle
 
 
 class Parts:
@@ -80,6 +81,7 @@ class Bench:
                 parts.times.clear()
             found: dict[str, list[float]] = {"": [], "resolved": [], "first_token": []}
             for adapter in adapters:
+                await asyncio.sleep(_REST_S)
                 began = time.perf_counter()
                 await way.resolve(adapter)
                 resolved = time.perf_counter()

@@ -11,9 +11,10 @@ slots, and than fit in host memory, so they come and go all the time while other
 answer is compared with vLLM's, its tokens and the log probabilities of the five likeliest.  At the
 end some adapters are leased, and their slots compared number for number.
 
-An answer that is not equal to the last bit is *wrong* if another adapter's is nearer to it than its
-own, by the log probabilities of the likeliest tokens up to where they part.  For control, the
-answers of each adapter are judged as if they were the next one's.
+Without batch invariance answers differ in their last bits, whoever loads, because batches do; some
+are then *nearer to another* adapter's than to their own, by the log probabilities of the likeliest
+tokens up to where the answers part.  That must be as rare as it is for stock vLLM under the same
+arrivals.  For control, the answers of each adapter are judged as if they were the next one's.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def distance(one: Answer, other: Answer) -> float:
 
 def judge(answers: list[tuple[Question, Answer]], expected: Answers) -> Row:
     """How many are equal, to the last bit of the log probabilities, and how many are another's."""
-    equal = bits = wrong = 0
+    equal = bits = nearer = 0
     for (adapter, which), answer in answers:
         own = expected[adapter, which]
         equal += answer.tokens == own.tokens
@@ -153,8 +154,13 @@ def judge(answers: list[tuple[Question, Answer]], expected: Answers) -> Row:
         if answer != own:
             others = (e for (a, w), e in expected.items() if w == which and a != adapter)
             nearest = min((distance(answer, other) for other in others), default=float("inf"))
-            wrong += nearest < distance(answer, own)
-    return {"answers": len(answers), "equal": equal, "logprobs_equal": bits, "wrong": wrong}
+            nearer += nearest < distance(answer, own)
+    return {
+        "answers": len(answers),
+        "equal": equal,
+        "logprobs_equal": bits,
+        "nearer_to_another": nearer,
+    }
 
 
 class Arrivals(NamedTuple):
@@ -344,10 +350,20 @@ def main() -> int:
         print(json.dumps(row, indent=1), flush=True)
         if options.json:  # before the files are removed, which takes seconds
             options.json.write_text(json.dumps(row, indent=1) + "\n")
+    return 0 if is_good(row) else 1
+
+
+def is_good(row: Row) -> bool:
+    """Whether the resident engine is no further from stock vLLM than that is from itself."""
     slots, resident = row["slot_tensors"], row["resident_against_stock"]
     good = slots["equal"] == slots["adapters"] and slots["a_changed_number_is_seen"]
-    good = good and not resident["wrong"] and not resident["not_packed"]
-    return 0 if good else 1
+    if row["batch_invariant"] or row["stock_at_random"] is None:
+        near = resident["logprobs_equal"] == resident["answers"]
+    else:
+        by_stock = row["stock_at_random"]
+        share = resident["nearer_to_another"] / resident["answers"]
+        near = share <= 1.5 * by_stock["nearer_to_another"] / by_stock["answers"] + 0.01
+    return bool(good and near and not resident["not_packed"])
 
 
 if __name__ == "__main__":

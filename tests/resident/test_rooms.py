@@ -174,6 +174,18 @@ def test_one_is_made_ready_ahead(rig: Rig) -> None:
     run(main())
 
 
+def test_one_that_is_being_made_ready_is_waited_for(rig: Rig) -> None:
+    async def main() -> None:
+        rig.rooms.prepare(SMALL)
+        await asyncio.sleep(0)  # it has begun
+        one, two = await asyncio.gather(rig.room(SMALL), rig.room(SMALL))
+        assert one.offsets != two.offsets
+        assert (rig.workers.asked, rig.rooms.reused) == (2, 1)
+        rig.check(2)
+
+    run(main())
+
+
 def test_none_is_made_ready_where_there_is_no_room(rig: Rig) -> None:
     async def main() -> None:
         for _ in range(3):

@@ -54,7 +54,8 @@ class Rooms:
         self._arena = arena
         self._line = line
         self._ready: list[Room] = []  # the oldest first
-        self._preparing = False
+        self._preparing: asyncio.Task[None] | None = None
+        self._prepared_nbytes: list[int] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_scarce = False
         self.reused = 0
@@ -69,12 +70,13 @@ class Rooms:
             ArenaFullError: there is none.
             WorkerError: a worker is lost.
         """
-        for room in self._ready:
-            # Of the same size: what is larger would waste what the budget has not.
-            if room.nbytes == nbytes and not self._line.is_using(room.offsets):
-                self._ready.remove(room)
-                self.reused += 1
-                return room
+        if (ready := self._find(nbytes)) is not None:
+            return ready
+        if self._preparing is not None and self._prepared_nbytes == nbytes:
+            # It is well on its way, and a second one would be locked after it.
+            await asyncio.wait([self._preparing])
+            if (ready := self._find(nbytes)) is not None:
+                return ready
         room = Room([], nbytes)
         try:
             for length in nbytes:
@@ -83,6 +85,15 @@ class Rooms:
             self._line.free(room.offsets)
             raise
         return room
+
+    def _find(self, nbytes: list[int]) -> Room | None:
+        for room in self._ready:
+            # Of the same size: what is larger would waste what the budget has not.
+            if room.nbytes == nbytes and not self._line.is_using(room.offsets):
+                self._ready.remove(room)
+                self.reused += 1
+                return room
+        return None
 
     async def lock(self, room: Room) -> None:
         """Have every worker make it ready for fast copying.
@@ -114,8 +125,8 @@ class Rooms:
         """See to it that there is a room of this size, soon."""
         ready = any(room.nbytes == nbytes for room in self._ready)
         if not (ready or self._preparing or self._is_scarce):
-            self._preparing = True
-            self._start(self._prepare(nbytes))
+            self._prepared_nbytes = nbytes
+            self._preparing = self._start(self._prepare(nbytes))
 
     def conserve(self, is_scarce: bool) -> None:
         """Memory is scarce: keep nothing that is not in use, from now on; or it is no more."""
@@ -128,10 +139,11 @@ class Rooms:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _start(self, work: Coroutine[None, None, None]) -> None:
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name="lora-cache-rooms")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _prepare(self, nbytes: list[int]) -> None:
         room = Room([], nbytes)
@@ -145,7 +157,7 @@ class Rooms:
         except WorkerError:
             logger.info("no room could be made ready", exc_info=True)
         finally:
-            self._preparing = False
+            self._preparing = None
 
     async def _clear(self) -> None:
         try:
