@@ -50,7 +50,7 @@ class Settings:
     slots: int = 4
     rank: int = 16
     seconds: float = 10.0
-    rate: float = 2.0
+    rate: float = 1.0
     decoding: int = 4
     prompt_tokens: int = 64
     answer_tokens: int = 16

@@ -27,7 +27,7 @@ def bench(
     slots: Annotated[int, typer.Option(min=_LEAST_SLOTS, max=64, help="GPU slots.")] = 4,
     rank: Annotated[int, typer.Option(min=1, max=512, help="Of every adapter.")] = 16,
     seconds: Annotated[float, typer.Option(min=1, help="Of requests, for each server.")] = 10.0,
-    rate: Annotated[float, typer.Option(min=0.1, help="Of these, in requests a second.")] = 2.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="Of these, in requests a second.")] = 1.0,
     servers: Annotated[str, typer.Option(help="Which to measure.")] = "ideal,vllm,stock,resident",
     seed: Annotated[int, typer.Option(min=0, help="Of adapters and requests.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
