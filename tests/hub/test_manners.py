@@ -114,13 +114,13 @@ def test_the_log_is_live(hub: Hub) -> None:
     client = threading.Thread(target=download)
     client.start()
     hub.proxy.wait_for(WEIGHTS, times=2)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while hub.proxy.nbytes(f"/[0-9a-f]+/{WEIGHTS}") < 1000 and time.monotonic() < deadline:
         time.sleep(0.01)
     seen = hub.proxy.requests[-1]
     assert (seen.server, seen.status, seen.nbytes, seen.complete) == ("cdn", 200, 1000, False)
     hub.proxy.stop()  # ends the stalled answer, so also the client
-    client.join(5)
+    client.join(60)
     assert not client.is_alive()
     assert len(failed) == 1
     with pytest.raises(TimeoutError):
@@ -137,7 +137,7 @@ def test_a_stopped_proxy_leaves_no_thread_and_no_port(
         assert set(threading.enumerate()) > before
     assert idle.recv(1) == b""
     idle.close()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before  # those of others may end, too
     with pytest.raises(ConnectionRefusedError):
         fetch(proxy.url)
 
