@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from lora_cache.paths import cache_home
 
@@ -15,6 +16,11 @@ pytest_plugins = [
     "tests.hub.fixtures",
     "tests.plan.allocated",
 ]
+
+# How long an example takes says how busy the machine is, or that it was the first to import torch.
+# On top of Hypothesis' own profile, which is another one where it knows a CI.
+settings.register_profile("lora_cache", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("lora_cache")
 
 # Caches that tests open are no business of `lora-cache status`.
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ def make_cache() -> AsyncLoraCache:
     return AsyncLoraCache(FakeEngine(), sources={"fake": FakeSource()}, publish=False)
 
 
-async def until_written(file: StatusFile, newer_than: float = 0.0) -> dict[str, Any]:
-    async with asyncio.timeout(5):
+async def until_written(
+    file: StatusFile, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
+) -> dict[str, Any]:
+    async with asyncio.timeout(60):
         while True:
             if file.path.exists():
                 record: dict[str, Any] = json.loads(file.path.read_text())
-                if record["updated_at"] > newer_than:
+                if wanted(record):
                     return record
             await asyncio.sleep(PERIOD_S / 4)
 
@@ -67,10 +70,15 @@ def permissions(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+def leases(record: dict[str, Any]) -> list[int]:
+    return [adapter["leases"] for adapter in record["snapshot"]["adapters"]]
+
+
 async def write_and_read() -> None:
     async with make_cache() as cache, StatusFile(cache, period_s=PERIOD_S) as file:
         async with cache.lease(FakeSource.ref("a")):
-            written = await until_written(file)
+            # It may have been written before the lease was there, too.
+            written = await until_written(file, lambda record: leases(record) == [1])
             assert read_status() == [written]
         assert written["pid"] == os.getpid()
         assert written["engine"] == "fake"
@@ -79,8 +87,8 @@ async def write_and_read() -> None:
         adapter = written["snapshot"]["adapters"][0]
         assert (adapter["name"], adapter["tier"], adapter["leases"]) == ("a", "gpu", 1)
 
-        later = await until_written(file, newer_than=written["updated_at"])
-        assert later["snapshot"]["adapters"][0]["leases"] == 0
+        later = await until_written(file, lambda record: leases(record) == [0])
+        assert later["updated_at"] > written["updated_at"]
     assert not file.path.exists()
     assert read_status() == []
 

@@ -16,7 +16,7 @@ Response = tuple[int, dict[str, str], bytes]
 
 
 def fetch(
-    url: str, method: str = "GET", *, headers: dict[str, str] | None = None, timeout_s: float = 10
+    url: str, method: str = "GET", *, headers: dict[str, str] | None = None, timeout_s: float = 60
 ) -> Response:
     """Status, headers by lower-case name, body; no redirects, no second try."""
     parts = urlsplit(url)

@@ -172,7 +172,7 @@ class HubProxy:
         with self._lock:
             self._log.clear()
 
-    def wait_for(self, path: str, *, times: int = 1, timeout_s: float = 10) -> None:
+    def wait_for(self, path: str, *, times: int = 1, timeout_s: float = 60) -> None:
         """Returns when so many requests that match have come (they may still be under way)."""
         deadline = time.monotonic() + timeout_s
         while len(self.seen(path)) < times:

@@ -114,13 +114,13 @@ def test_the_log_is_live(hub: Hub) -> None:
     client = threading.Thread(target=download)
     client.start()
     hub.proxy.wait_for(WEIGHTS, times=2)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while hub.proxy.nbytes(f"/[0-9a-f]+/{WEIGHTS}") < 1000 and time.monotonic() < deadline:
         time.sleep(0.01)
     seen = hub.proxy.requests[-1]
     assert (seen.server, seen.status, seen.nbytes, seen.complete) == ("cdn", 200, 1000, False)
     hub.proxy.stop()  # ends the stalled answer, so also the client
-    client.join(5)
+    client.join(60)
     assert not client.is_alive()
     assert len(failed) == 1
     with pytest.raises(TimeoutError):
@@ -137,7 +137,7 @@ def test_a_stopped_proxy_leaves_no_thread_and_no_port(
         assert set(threading.enumerate()) > before
     assert idle.recv(1) == b""
     idle.close()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before  # those of others may end, too
     with pytest.raises(ConnectionRefusedError):
         fetch(proxy.url)
 
@@ -151,10 +151,20 @@ def test_a_stopped_server_leaves_no_process(hub_server: OlahServer, tmp_path: Pa
         assert server._process is not None
         group = server._process.pid
     assert not server.running
-    with pytest.raises(ProcessLookupError):
-        os.killpg(group, 0)
+    deadline = time.monotonic() + 60
+    while is_there(group):  # those that it had started may take a moment to die
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     server.stop()
     assert hub_server.running
+
+
+def is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_server_that_does_not_start_says_why(hub_server: OlahServer, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def test_a_slow_body_takes_its_time(hub: Hub, real: bool) -> None:
     hub.proxy.on(Slow(len(repo.weights) * 2), WEIGHTS)
     start = time.monotonic()
     assert body_of(repo) == repo.weights
-    assert 0.4 < time.monotonic() - start < 5
+    assert time.monotonic() - start > 0.4
 
 
 @pytest.mark.parametrize("real", [False, True])
@@ -195,7 +195,7 @@ def test_a_stalled_body_stays_so_until_the_client_goes(hub: Hub, real: bool) -> 
     hub.proxy.like_the_hub(real)
     hub.proxy.on(Stall(100_000), WEIGHTS)
     with pytest.raises(TimeoutError):
-        fetch(fetch(repo.url(), "HEAD")[1].get("location", repo.url()), timeout_s=0.3)
+        fetch(fetch(repo.url(), "HEAD")[1].get("location", repo.url()), timeout_s=2)
     stalled = hub.proxy.seen(WEIGHTS, "GET")[-1]
     assert (stalled.nbytes, stalled.status, stalled.complete) == (100_000, 200, False)
     assert body_of(repo) == repo.weights

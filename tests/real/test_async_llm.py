@@ -50,7 +50,7 @@ def test_random_traffic_and_every_way_to_end_a_request(
 
             async def one() -> None:
                 adapter = adapters[rng.choices(range(12), [1 / (i + 1) for i in range(12)])[0]]
-                stream = cache.generate(prompt(3), greedy(12), adapter, timeout_s=20)
+                stream = cache.generate(prompt(3), greedy(12), adapter, timeout_s=100)
                 way = rng.random()
                 if way < 0.5:
                     outputs = [output async for output in stream]
@@ -85,11 +85,14 @@ def test_random_traffic_and_every_way_to_end_a_request(
                 if rng.random() < 0.05:
                     assert await cache.reconcile() == 0
             await asyncio.gather(*tasks)
+            # The slower the machine, the more of them wait together and share a load: now one after
+            # the other.  An engine that evicts nobody runs into the time limit.
+            while cache.stats().gpu_evictions <= 20:
+                await one()
             assert await cache.reconcile() == 0
             assert all(row.leases == 0 for row in cache.snapshot().adapters)
             stats = cache.stats()
             assert stats.requests > 120
-            assert stats.gpu_evictions > 20
             assert stats.drift == 0
 
     broken = write_adapter(adapters[0].parent / f"broken-{engine}-{policy}")

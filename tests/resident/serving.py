@@ -78,7 +78,7 @@ class Server:
         self.process.wait()
 
     def post(self, path: str, **body: Any) -> requests.Response:
-        return requests.post(f"http://127.0.0.1:{self.port}{path}", json=body, timeout=60)
+        return requests.post(f"http://127.0.0.1:{self.port}{path}", json=body, timeout=200)
 
     def get(self, path: str, **body: Any) -> Any:
         """What a call that works gives."""

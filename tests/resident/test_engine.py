@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lora_cache import AsyncLoraCache
+from lora_cache.engines.managed import FOREIGN
 from lora_cache.engines.resident.engine import ResidentEngine
 from lora_cache.errors import ConfigError
 from tests.real.parts import write_adapter
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.vllm
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(coroutine, 60))
+    asyncio.run(asyncio.wait_for(coroutine, 240))
 
 
 def cache_of(llm: Any, **settings: Any) -> AsyncLoraCache:
@@ -41,6 +42,11 @@ def native(llm: Any, path: Path, number: int) -> list[torch.Tensor]:
     held = in_slot(llm, manager.lora_index_to_id.index(lora.lora_int_id))
     llm.llm_engine.remove_lora(lora.lora_int_id)
     return held
+
+
+def is_ours(engine: ResidentEngine) -> bool:
+    """Whether no slot holds what the cache has not brought in."""
+    return not any(key.digest.startswith(FOREIGN) for key in engine.slots().values())
 
 
 async def answer(cache: AsyncLoraCache, path: Path) -> list[int]:
@@ -131,10 +137,39 @@ def test_a_request_without_a_lease_is_right_counted_and_repaired(
             engine: Any = cache._engine
             first = [await answer(cache, path) for path in adapters[:3]]
             assert stock_answer(resident_llm, adapters[7], 61) == expected
-            async with asyncio.timeout(30):  # the cache is told, and looks
-                while not (engine.displaced and cache.stats().drift):  # noqa: ASYNC110
+            async with asyncio.timeout(100):  # the cache is told, and looks
+                while not (cache.stats().drift and is_ours(engine)):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
+            assert engine.displaced
             assert dict(engine.slots()) == dict((await engine.holdings()).slots)
+            assert [await answer(cache, path) for path in adapters[:3]] == first
+            assert await cache.reconcile() == 0
+
+    run(main())
+
+
+def test_what_a_request_without_a_lease_uses_stays_until_it_has_ended(
+    resident_llm: Any, llm: Any, adapters: list[Path]
+) -> None:
+    """However often the cache looks meanwhile: each drop would be one more load between steps."""
+    expected = stock_answer(llm, adapters[7], 63)
+
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            engine: Any = cache._engine
+            first = [await answer(cache, path) for path in adapters[:3]]
+            inside = resident_llm.llm_engine
+            raw = request(0, adapters[7], lora_int_id=63)
+            inside.add_request("0", prompt(4), greedy(12), lora_request=raw)
+            while inside.has_unfinished_requests():
+                outputs = inside.step()
+                await cache.reconcile()
+            assert list(outputs[0].outputs[0].token_ids) == expected
+            assert engine.displaced == 1
+            assert not is_ours(engine)
+            async with asyncio.timeout(100):  # nobody but the cache itself looks now
+                while not is_ours(engine):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
             assert [await answer(cache, path) for path in adapters[:3]] == first
             assert await cache.reconcile() == 0
 

@@ -58,7 +58,8 @@ def here(path: Path) -> list[bytes]:
 
 
 def run(coroutine: Any) -> None:
-    asyncio.run(asyncio.wait_for(coroutine, 60))
+    # A packer may take many seconds to import torch, and some tests start three.
+    asyncio.run(asyncio.wait_for(coroutine, 240))
 
 
 def test_every_worker_gets_its_image(adapter: Adapter) -> None:

@@ -24,7 +24,7 @@ SLOTS, HOST = 3, 6
 
 
 async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(100):
         while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

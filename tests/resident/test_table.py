@@ -42,6 +42,20 @@ def test_an_adapter_is_published_once() -> None:
     put(table, 0, 8)
 
 
+def test_what_a_batch_has_needed_a_moment_ago() -> None:
+    table = SlotTable(3)
+    put(table, 0, 7)
+    put(table, 1, 8)
+    assert table.recent(1e9) == [], "no batch yet"
+    table.prepare([7], step=1)
+    table.prepared()
+    assert table.recent(1e9) == [7]
+    time.sleep(0.01)
+    assert table.recent(0.001) == []
+    put(table, 0, 9, displaces=7)
+    assert table.recent(1e9) == [], "what its slot held was"
+
+
 def test_the_agent_waits_for_a_batch_that_is_being_prepared() -> None:
     stop = threading.Event()
     table = SlotTable(1, stop.is_set)

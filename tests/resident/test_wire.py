@@ -41,7 +41,7 @@ MESSAGES: list[Message] = [
     Bye(),
     Done(1, 0.002),
     Failed(2, "slot 3 holds nothing"),
-    Holding(3, [0, 5, 0], [7]),
+    Holding(3, [0, 5, 0], [7], [5]),
     Displaced(3, 5, 6, 0.1),
 ]
 

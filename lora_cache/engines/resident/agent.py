@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 #: A batch may call a slot back for a row of a finished request, and again for the next.
 _ATTEMPTS = 5
+#: What no batch has needed for so long no request is using: longer than almost any step.
+_RECENTLY_S = 1.0
 
 
 class Agent:
@@ -170,7 +172,8 @@ class Agent:
     def _handle(self, message: Message, images: ImageWriter) -> None:
         began = time.perf_counter()
         if isinstance(message, Report):
-            self._answer(Holding(message.op, self.table.ids(), list(self._native)))
+            recent = self.table.recent(_RECENTLY_S)
+            self._answer(Holding(message.op, self.table.ids(), list(self._native), recent))
         elif isinstance(message, Unload):
             self.table.unpublish(message.lora_ids)
             if message.forget:

@@ -295,16 +295,25 @@ class ResidentEngine(ManagedVllm):
             answers = await self._workers.command(lambda op, _: wire.Report(op))
         except WorkerError as error:
             raise self._error(error, "vLLM did not answer") from error
-        tables = [answer.slots for answer in answers if isinstance(answer, wire.Holding)]
+        reports = [answer for answer in answers if isinstance(answer, wire.Holding)]
+        tables = [report.slots for report in reports]
         # A slot counts only if all tensor-parallel workers hold the same in it.
         self._slots = {
             slot: self._key_of(ids[0])
             for slot, ids in enumerate(zip(*tables, strict=True))
             if ids[0] and len(set(ids)) == 1
         }
-        return Holdings(
-            dict(self._slots), frozenset(self._images or ()) | set(self._slots.values())
-        )
+        # Dropping what a request uses is useless: the next step would load it again, and wait for
+        # it.  So of strangers that are running nothing is said until they have ended.
+        recent = {lora_id for report in reports for lora_id in report.recent}
+        slots = {
+            slot: key
+            for slot, key in self._slots.items()
+            if not (_is_foreign(key) and self._id_of(key) in recent)
+        }
+        if len(slots) < len(self._slots):
+            self._drifted()  # look again
+        return Holdings(slots, frozenset(self._images or ()) | set(slots.values()))
 
     @property
     def unpacked(self) -> int:

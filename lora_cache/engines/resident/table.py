@@ -14,7 +14,9 @@ Ids are positive; 0 stands for none, as on the wire.
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -53,6 +55,7 @@ class SlotTable:
         self._changed = threading.Condition()
         self._ids = [0] * slots
         self._last_used = [0] * slots
+        self._used_at = [-math.inf] * slots  # by a batch, since it was published
         self._held: dict[int, Hold] = {}
         self._preparing: frozenset[int] = frozenset()
         self._stopped = stopped
@@ -61,6 +64,13 @@ class SlotTable:
         """The published id of each slot."""
         with self._changed:
             return list(self._ids)
+
+    def recent(self, within_s: float) -> list[int]:
+        """The published ids that a batch needed within the last seconds."""
+        with self._changed:
+            since = time.monotonic() - within_s
+            used = zip(self._ids, self._used_at, strict=True)
+            return [lora_id for lora_id, at in used if lora_id and at >= since]
 
     # --- the agent's ---------------------------------------------------------------------
 
@@ -105,6 +115,7 @@ class SlotTable:
             if lora_id in self._ids:
                 raise SlotTakenError(f"{lora_id} is in slot {self._ids.index(lora_id)} already")
             self._ids[hold.slot] = lora_id
+            self._used_at[hold.slot] = -math.inf
 
     def release(self, hold: Hold) -> None:
         """Free a slot that was not written, or not to the end."""
@@ -157,6 +168,7 @@ class SlotTable:
             for slot, lora_id in enumerate(self._ids):
                 if lora_id in self._preparing:
                     self._last_used[slot] = step
+                    self._used_at[slot] = time.monotonic()
             return [lora_id for lora_id in batch if lora_id not in self._ids]
 
     def prepared(self) -> None:

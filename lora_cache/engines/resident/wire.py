@@ -16,7 +16,7 @@ from lora_cache.engines.resident.framing import WireError as WireError
 from lora_cache.engines.resident.layout import Contents
 
 #: Changed whenever a message changes its meaning; both sides refuse another one.
-PROTOCOL = 2
+PROTOCOL = 3
 
 #: Names of LoRARequests that are none: through vLLM's public ``add_lora`` they reach every worker.
 #: The path of the first is the manager's socket.
@@ -133,6 +133,7 @@ class Holding(msgspec.Struct, tag=True, frozen=True):
     op: int
     slots: list[int]
     native: list[int]  #: ids that `LoadNative` has read, and that are kept
+    recent: list[int]  #: those in `slots` that a batch has needed a moment ago
 
 
 class Displaced(msgspec.Struct, tag=True, frozen=True):
