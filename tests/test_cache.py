@@ -493,6 +493,7 @@ def test_random_traffic_keeps_the_engine_s_rules(seed: int, like: str) -> None:
                 await clock.advance(rng.random() * 0.2)
             while not all(task.done() for task in tasks):
                 await clock.advance(0.5)
+            await clock.advance(5.0)  # loads whose callers gave up: closing waits for them
             for error in await asyncio.gather(*tasks, return_exceptions=True):
                 assert error is None or isinstance(error, asyncio.CancelledError), error
             assert not w.engine.uses

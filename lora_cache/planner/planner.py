@@ -366,12 +366,16 @@ class Planner(Answers):
     # ------------------------------------------------------------------ draining, unloading
 
     def _balance_drains(self, now: float) -> None:
-        """Keep as many victims draining as there are adapters that have waited too long."""
+        """Keep as many victims draining as there are adapters that have waited too long.
+
+        An adapter that loses a copy to an older waiter's load counts, too: it will need a slot as
+        soon as that has ended, and a victim that took new leases meanwhile would be late for it.
+        """
         overdue = 0
         for demand in self.waiting.demands.values():
             if demand.since + self.limits.drain_after_s > now or overdue == self.limits.slots:
                 break
-            overdue += not self.residency.is_moving(demand.key)
+            overdue += 1
         drained, spared = self.residency.balance_drains(overdue, now)
         self.counters.drains += drained
         for key in spared:

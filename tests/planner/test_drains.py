@@ -67,3 +67,19 @@ def test_an_unload_goes_on_when_the_last_lease_ends_and_nobody_waits() -> None:
     driver.release(held)
     assert driver.complete().drop
     assert unload in driver.granted
+
+
+def test_not_lifted_while_an_older_load_takes_the_waiter_s_host_copy() -> None:
+    driver = Driver(Limits(2, 3, drain_after_s=5.0))
+    driver.use(2)
+    oldest_lease = driver.lease(0)
+    driver.lease(1)
+    driver.acquire(7)
+    driver.acquire(2)
+    tick(driver, 5.0)
+    assert draining(driver) == {"a0", "a1"}
+    driver.release(oldest_lease)
+    (load,) = driver.flights.values()
+    assert [key.name for key in load.drop] == ["a2"]
+    assert draining(driver) == {"a0", "a1"}
+    assert driver.acquire(1) in driver.waiting, "a younger one overtook"
