@@ -201,6 +201,9 @@ def test_new_base_weights_drop_everything_and_it_comes_back(
     llm: Any, resident_llm: Any, loras: list[Any], adapters: list[Path]
 ) -> None:
     """vLLM drops all adapters with the old weights.  Here the cache is told, and repairs it."""
+    for weight in runner_of(llm).model.parameters():
+        if weight.is_meta or not weight.numel():
+            pytest.skip("vLLM has packed its weights for this CPU, and cannot read them anew")
     expected = [stock_answer(llm, path, 30 + n) for n, path in enumerate(adapters[:4])]
     llm.llm_engine.add_lora(loras[0])
     llm.llm_engine.pin_lora(FIRST_ID)
