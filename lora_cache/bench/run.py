@@ -27,6 +27,7 @@ SERVERS = ("ideal", "vllm", "stock", "resident")
 _WINDOW_S = 0.4  # after an arrival: its load may end later than its first token comes
 _BETWEEN_S = 0.2
 _DRAIN_S = 20.0
+_WARM_UP_S = 5.0  # of requests: what happens only once is nobody's
 _ANSWER_TOKENS = 4
 
 
@@ -46,7 +47,7 @@ class Settings:
         seed: of everything that is drawn.
     """
 
-    adapters: int = 20
+    adapters: int = 16
     slots: int = 4
     rank: int = 16
     seconds: float = 10.0
@@ -87,7 +88,7 @@ class Comparison:
         self.note("warming up")
         ideal = Ideal(self.engine, self.paths, self.settings.slots)
         await ideal.fill([])
-        await self._stream(ideal, 2.0)
+        await self._stream(ideal, _WARM_UP_S)
         await ideal.close()
         rows = []
         for name in servers:
@@ -110,7 +111,8 @@ class Comparison:
     def _way(self, name: str) -> Any:
         if name == "vllm":
             return PlainWay(Plain(self.engine, self.paths))
-        return ManagedWay(Managed(self.engine, self.paths, name))
+        # As vLLM by itself does it: what differs is the engine's.  And who is where is known.
+        return ManagedWay(Managed(self.engine, self.paths, name, policy="lru"))
 
     # ------------------------------------------------------------------ one at a time
 

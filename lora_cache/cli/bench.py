@@ -23,7 +23,7 @@ def bench(
             "Hub that is in the local cache. Only its shapes matter: weights are made up.",
         ),
     ] = "smollm2-135m",
-    adapters: Annotated[int, typer.Option(min=8, max=1000, help="How many.")] = 20,
+    adapters: Annotated[int, typer.Option(min=8, max=1000, help="How many.")] = 16,
     slots: Annotated[int, typer.Option(min=_LEAST_SLOTS, max=64, help="GPU slots.")] = 4,
     rank: Annotated[int, typer.Option(min=1, max=512, help="Of every adapter.")] = 16,
     seconds: Annotated[float, typer.Option(min=1, help="Of requests, for each server.")] = 10.0,
