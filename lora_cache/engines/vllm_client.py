@@ -148,6 +148,8 @@ class SyncClient:
                 await self._call(add)
             except Exception as error:  # vLLM raises what its layers raise; nothing may leak
                 raise _request_error(error, dead=False) from error
+            if self._failure is not None:  # a step before it failed meanwhile
+                raise _request_error(self._failure, dead=True) from self._failure
             if self._stepping is None or self._stepping.done():
                 self._stepping = asyncio.create_task(self._step(), name="vllm-step")
             while not finished:
@@ -191,7 +193,7 @@ class SyncClient:
                 outputs = await self._call(self._engine.step)
             except Exception as error:  # an exception in a step leaves vLLM unusable
                 self._failure = error
-                for stream in self._streams.values():
+                for stream in list(self._streams.values()):  # a call may be adding one
                     stream.put_nowait(error)
                 return
             for output in outputs:

@@ -17,7 +17,6 @@ from lora_cache.engines.resident.packing_line import PackingLine
 from lora_cache.engines.resident.rooms import Room, Rooms
 from lora_cache.engines.resident.workers import WorkerError, Workers
 from lora_cache.errors import CannotPackError
-from lora_cache.waiting import until_done
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +154,8 @@ class HostImages:
             times.packed = time.perf_counter() - began - times.examined
             await locking
         except BaseException:
+            await asyncio.gather(locking, return_exceptions=True)
             with suppress(WorkerError):
-                await until_done(locking)
                 await self._rooms.leave(room, again=False)
             raise
         times.locked = time.perf_counter() - began - times.examined - times.packed
