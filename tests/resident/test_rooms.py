@@ -23,14 +23,18 @@ class FakeWorkers:
 
     def __init__(self) -> None:
         self.locked: dict[int, int] = {}
+        self.begun: set[int] = set()
         self.asked = 0
-        self.fails = False
+        self.failures = 0  # of the next calls
 
     async def command(self, make: Callable[[int, int], wire.ToAgent]) -> list[wire.Done]:
         await asyncio.sleep(0)
-        if self.fails:
-            raise WorkerError("no")
         message = make(1, 0)
+        if isinstance(message, wire.PageLock):
+            self.begun.add(message.offset)
+        if self.failures:
+            self.failures -= 1
+            raise WorkerError("no")
         if isinstance(message, wire.PageLock):
             assert message.offset not in self.locked
             self.asked += 1
@@ -38,7 +42,8 @@ class FakeWorkers:
         else:
             assert isinstance(message, wire.PageUnlock)
             for offset in message.offsets:
-                del self.locked[offset]
+                self.begun.remove(offset)
+                self.locked.pop(offset, None)  # as where locking has failed
         return [wire.Done(1, 0.0)]
 
 
@@ -218,11 +223,45 @@ def test_scarce_memory(rig: Rig) -> None:
 def test_a_worker_that_fails_to_lock(rig: Rig) -> None:
     async def main() -> None:
         room = await rig.rooms.take(SMALL)
-        rig.workers.fails = True
+        rig.workers.failures = 1
         with pytest.raises(WorkerError):
             await rig.rooms.lock(room)
         assert room.is_locked, "it may have been locked, and must be unlocked"
-        rig.rooms.prepare(LARGE)  # nothing but a line in the log
+        await rig.rooms.leave(room, again=False)
+        rig.check(0)
+
+    run(main())
+
+
+def test_one_who_needs_room_waits_for_what_is_being_given_back(rig: Rig) -> None:
+    async def main() -> None:
+        for _ in range(2):
+            await rig.room(LARGE)
+        await rig.rooms.leave(await rig.room(LARGE), again=True)
+        rooms = await asyncio.gather(rig.room(SMALL), rig.room(SMALL))
+        assert rooms[0].offsets != rooms[1].offsets
+        rig.check(6)
+
+    run(main())
+
+
+def test_no_load_fails_for_want_of_what_is_made_ready_ahead(rig: Rig) -> None:
+    async def main() -> None:
+        for _ in range(2):
+            await rig.room(LARGE)
+        rig.rooms.prepare(SMALL)
+        await asyncio.sleep(0)  # it has begun
+        await rig.room(LARGE)
+        rig.check(6)
+
+    run(main())
+
+
+def test_a_room_that_could_not_be_made_ready_is_given_back(rig: Rig) -> None:
+    async def main() -> None:
+        rig.workers.failures = 1
+        rig.rooms.prepare(SMALL)
         await rig.rooms.close()
+        rig.check(0)
 
     run(main())

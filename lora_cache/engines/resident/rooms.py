@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lora_cache.engines.resident import wire
@@ -136,7 +137,7 @@ class Rooms:
 
     async def close(self) -> None:
         """Wait for what goes on in the background."""
-        if self._tasks:
+        while self._tasks:
             await asyncio.wait(self._tasks)
 
     def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -156,6 +157,8 @@ class Rooms:
             self._line.free(room.offsets)
         except WorkerError:
             logger.info("no room could be made ready", exc_info=True)
+            with suppress(WorkerError):
+                await self._give_back(room)
         finally:
             self._preparing = None
 
@@ -173,12 +176,20 @@ class Rooms:
             except ArenaFullError:
                 if self._ready:
                     await self._give_back(self._ready.pop(0))
+                elif self._tasks:  # one is being made ready, or given back
+                    await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
                 # What was evicted a moment ago may still be on its way to the disk.
                 elif not await self._line.wait_for_room():
                     raise
 
     async def _give_back(self, room: Room) -> None:
-        """Once no worker's GPU can read it any more."""
+        """To the end, whoever is cancelled: nobody else knows of it any more."""
         if room.is_locked:
-            await self._workers.command(lambda op, _: wire.PageUnlock(op, room.offsets))
+            await asyncio.shield(self._start(self._unlock(room)))
+        else:
+            self._line.free(room.offsets)
+
+    async def _unlock(self, room: Room) -> None:
+        """And free it, once no worker's GPU can read it any more."""
+        await self._workers.command(lambda op, _: wire.PageUnlock(op, room.offsets))
         self._line.free(room.offsets)
