@@ -19,6 +19,7 @@ from lora_cache.bench.run import Comparison, Settings
 from lora_cache.bench.servers import Row
 from lora_cache.bench.vllm import start_vllm
 from lora_cache.errors import EngineError, LoraCacheError, MissingExtraError
+from lora_cache.plan.slots import MAX_LORA_RANKS
 
 _MAX_MODEL_LEN = 1024
 _MAX_NUM_SEQS = 32
@@ -115,10 +116,7 @@ async def _compare(
 
 def _allowed(rank: int) -> int:
     """The smallest ``max_lora_rank`` of vLLM's that admits it."""
-    for allowed in (8, 16, 32, 64, 128, 256, 320):
-        if rank <= allowed:
-            return allowed
-    return 512
+    return next((allowed for allowed in MAX_LORA_RANKS if rank <= allowed), rank)
 
 
 def _on_cpu() -> bool:

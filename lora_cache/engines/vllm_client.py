@@ -1,4 +1,4 @@
-"""The few calls into vLLM that the stock engine needs, for `AsyncLLM` and for `LLM` alike."""
+"""The few calls into vLLM that engines need, for `AsyncLLM` and for `LLM` alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_ROUNDS = 400
 
 
 class VllmClient(Protocol):
-    """vLLM as the stock engine sees it.
+    """vLLM as engines see it.
 
     Exceptions of vLLM pass through `add_lora`, `remove_lora` and `list_loras` as they are;
     `is_dead` tells whether the engine survived.  `generate` maps them.
