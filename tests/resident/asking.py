@@ -9,7 +9,7 @@ from typing import Any
 from tests.resident.scripted import ScriptedManager
 
 SLOTS = 3
-FIRST_ID = 1 << 30
+FIRST_ID = 1 << 20  # far from the ids that a cache gives, which go up from 1 << 30
 
 
 def runner_of(llm: Any) -> Any:
