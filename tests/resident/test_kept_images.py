@@ -61,6 +61,7 @@ class Line:
     async def saved(self) -> None:
         while self.packing.is_busy:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+        await self.packing.emptied()
         assert self.arena.used == 0
         self.arena.check()
 
@@ -237,12 +238,16 @@ def test_memory_that_is_still_used_is_free_only_when_it_is_not(wanted: list[Want
             packing._in_use[three := arena.allocate(1)] = 2
             packing.free([one, three])
             packing._take(jobs.Packed(1, 0.0, saving=True))
+            await packing.emptied()
             assert arena.used == 3 * mmap.PAGESIZE
             packing._take(jobs.Refused(2, "damaged", unknown=False))
+            await packing.emptied()
             assert arena.used == 2 * mmap.PAGESIZE
             packing._take(jobs.Saved(1))
+            await packing.emptied()
             assert arena.used == mmap.PAGESIZE
             packing.free([two])
+            await packing.emptied()
             assert arena.used == 0
             assert not packing.is_busy
 
@@ -271,6 +276,7 @@ def test_a_cancelled_load_s_memory_is_not_given_to_another(wanted: list[Wanted])
             os.kill(packing.pid, signal.SIGCONT)
             while packing.is_busy:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
+            await packing.emptied()
             assert arena.allocate(nbytes[0]) == offset
 
     run(main())

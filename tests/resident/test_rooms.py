@@ -62,6 +62,9 @@ class FakeLine:
             assert offset not in self.workers.locked, "the GPU could still read it"
             self.arena.free(offset)
 
+    async def emptied(self) -> bool:
+        return False
+
     async def wait_for_room(self) -> bool:
         return False
 
@@ -143,8 +146,21 @@ def test_few_are_kept(rig: Rig) -> None:
         rooms = [await rig.room(SMALL) for _ in range(5)]
         for room in rooms:
             await rig.rooms.leave(room, again=True)
+        await rig.rooms.close()
         rig.check(MOST_READY)
         assert (await rig.room(SMALL)).offsets == rooms[-MOST_READY].offsets
+
+    run(main())
+
+
+def test_a_newcomer_does_not_wait_until_the_surplus_is_given_back(rig: Rig) -> None:
+    async def main() -> None:
+        rooms = [await rig.room(SMALL) for _ in range(MOST_READY + 1)]
+        for room in rooms:
+            await rig.rooms.leave(room, again=True)
+        rig.check(MOST_READY + 1)
+        await rig.rooms.close()
+        rig.check(MOST_READY)
 
     run(main())
 

@@ -59,6 +59,7 @@ class PackingLine:
         self._jobs: dict[int, asyncio.Future[jobs.Answer]] = {}
         self._in_use: dict[int, int] = {}  # offset → the job that may still read or write there
         self._unwanted: set[int] = set()  # offsets that are to be free when no job uses them
+        self._emptying: set[asyncio.Task[None]] = set()
         self._waiting_for_room: list[asyncio.Future[None]] = []
         self._process: Process | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -111,16 +112,23 @@ class PackingLine:
         self.packed += len(offsets) - answer.read
 
     def free(self, offsets: Iterable[int]) -> None:
-        """Give stretches of the arena back: at once, or when the packer has done with them."""
+        """Give stretches of the arena back, soon: once the packer has done with them."""
         for offset in offsets:
             if offset in self._in_use:
                 self._unwanted.add(offset)
             else:
-                self._arena.free(offset)
+                self._start_emptying(offset)
 
     def is_using(self, offsets: Iterable[int]) -> bool:
         """Whether the packer may still read or write at one of these."""
         return any(offset in self._in_use for offset in offsets)
+
+    async def emptied(self) -> bool:
+        """Wait until what goes back to the system has; false if nothing does."""
+        if self._emptying:
+            await asyncio.wait(self._emptying)
+            return True
+        return False
 
     async def wait_for_room(self) -> bool:
         """Wait until something that was freed is free; false if there is nothing to wait for."""
@@ -139,6 +147,7 @@ class PackingLine:
             await process.wait()
         if self._reading is not None:
             await asyncio.wait([self._reading])
+        await self.emptied()
 
     async def _ask(self, job: jobs.Examine | jobs.Pack) -> jobs.Answer:
         for _ in range(_AGAIN):
@@ -204,7 +213,20 @@ class PackingLine:
             del self._in_use[offset]
             if offset in self._unwanted:
                 self._unwanted.discard(offset)
-                self._arena.free(offset)
+                self._start_emptying(offset)
+
+    def _start_emptying(self, offset: int) -> None:
+        task = asyncio.create_task(self._empty(offset), name="lora-cache-arena")
+        self._emptying.add(task)
+        task.add_done_callback(self._emptying.discard)
+
+    async def _empty(self, offset: int) -> None:
+        """Not on the event loop: the system takes milliseconds, and requests go on there."""
+        try:
+            await asyncio.to_thread(self._arena.discard, offset)
+        except OSError:
+            logger.exception("memory of an image could not be given back to the system")
+        self._arena.free(offset)
         for room in self._waiting_for_room:
             if not room.done():
                 room.set_result(None)

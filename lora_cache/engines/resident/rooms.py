@@ -119,8 +119,11 @@ class Rooms:
         """
         if again and room.is_locked and not self._is_scarce:
             self._ready.append(room)
-            room = self._ready.pop(0) if len(self._ready) > MOST_READY else Room([], [])
-        await self._give_back(room)
+            if len(self._ready) > MOST_READY:  # who comes does not wait for it
+                self._start(self._give_back_some([self._ready.pop(0)]))
+        else:
+            await self._give_back(room)
+            await self._line.emptied()
 
     def prepare(self, nbytes: list[int]) -> None:
         """See to it that there is a room of this size, soon."""
@@ -133,7 +136,8 @@ class Rooms:
         """Memory is scarce: keep nothing that is not in use, from now on; or it is no more."""
         self._is_scarce = is_scarce
         if is_scarce:
-            self._start(self._clear())
+            surplus, self._ready = self._ready, []
+            self._start(self._give_back_some(surplus))
 
     async def close(self) -> None:
         """Wait for what goes on in the background."""
@@ -162,10 +166,10 @@ class Rooms:
         finally:
             self._preparing = None
 
-    async def _clear(self) -> None:
+    async def _give_back_some(self, rooms: list[Room]) -> None:
         try:
-            while self._ready:
-                await self._give_back(self._ready.pop())
+            for room in rooms:
+                await self._give_back(room)
         except WorkerError:
             logger.info("memory could not be given back", exc_info=True)
 
@@ -174,6 +178,8 @@ class Rooms:
             try:
                 return self._arena.allocate(nbytes)
             except ArenaFullError:
+                if await self._line.emptied():
+                    continue
                 if self._ready:
                     await self._give_back(self._ready.pop(0))
                 elif self._tasks:  # one is being made ready, or given back
