@@ -9,6 +9,7 @@ Servers: ``ideal`` (the same arrivals over as many adapters as slots, all reside
 rate a *cold* row, every tier above the adapters' files being empty at its start, and a *warm* one,
 with the most popular adapters in host memory, as many as fit.  The time to the first token counts
 from the arrival.  ``--scenario`` sets several options at once; those that are given as well win.
+``vllm:1`` among the servers serves the first seed only.
 
 Adapters' files take 5.2 MB for each rank and are in memory where there is room (`rig.roomy`): a
 thousand of rank 8 are 42 GB.
@@ -65,6 +66,36 @@ async def row(server: Server, options: argparse.Namespace, seed: int, rate: floa
     return summary(answers, seconds)
 
 
+async def serve(
+    server: Server, options: argparse.Namespace, seed: int, rate: float, record: rig.Record
+) -> None:
+    """The cold row, then the warm one."""
+    popular = by_popularity(options, seed)[: options.host]
+    for kind, seconds in (("cold", options.cold), ("warm", options.warm)):
+        if not seconds or (server.name == "ideal" and kind == "cold"):
+            continue
+        if rig.left_s(options.until) < seconds + DRAIN_S:
+            print(f"no time is left for {server.name} at {rate:g}/s, {kind}", flush=True)
+            continue
+        await (server.empty() if kind == "cold" else server.fill(popular[::-1]))
+        began = time.perf_counter()
+        found: Row = {"server": server.name, "seed": seed, "rate": rate, "row": kind}
+        found |= await row(server, options, seed, rate, seconds)
+        found |= server.report()
+        record.add(found | {"seconds": round(time.perf_counter() - began, 1)})
+
+
+def schedule(options: argparse.Namespace) -> list[tuple[int, float, str]]:
+    """(seed, rate, server), in order."""
+    return [
+        (seed, rate, name)
+        for number, seed in enumerate(options.seeds)
+        for rate in options.rates
+        for name, seeds in options.servers.items()
+        if seeds is None or number < seeds
+    ]
+
+
 async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -> None:
     model, paths = rig.write_files(root, options.adapters, rank=options.rank, tiny=options.tiny)
     print(f"{len(paths)} adapters are in {root}", flush=True)
@@ -89,27 +120,10 @@ async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -
         await every["ideal"].fill([])
         await row(every["ideal"], options, -1, max(options.rates), 4)  # kernels are compiled
         await every["ideal"].close()
-        for name in options.servers:
-            server = every[name]
-            for seed in options.seeds:
-                popular = by_popularity(options, seed)[: options.host]
-                for rate in options.rates:
-                    for kind, seconds in (("cold", options.cold), ("warm", options.warm)):
-                        if not seconds or (name == "ideal" and kind == "cold"):
-                            continue
-                        if rig.left_s(options.until) < seconds + DRAIN_S:
-                            print(f"no time is left for {name} at {rate:g}/s, {kind}", flush=True)
-                            continue
-                        if kind == "cold":
-                            await server.empty()
-                        else:
-                            await server.fill(popular[::-1])
-                        found: Row = {"server": name, "seed": seed, "rate": rate, "row": kind}
-                        began = time.perf_counter()
-                        found |= await row(server, options, seed, rate, seconds)
-                        found |= server.report()
-                        record.add(found | {"seconds": round(time.perf_counter() - began, 1)})
-            await server.close()
+        # Side by side, seed by seed: what is cut off has whole comparisons, and noise meets all.
+        for seed, rate, name in schedule(options):
+            await serve(every[name], options, seed, rate, record)
+            await every[name].close()
     finally:
         engine.shutdown()
 
@@ -123,11 +137,17 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def seeds_of(text: str) -> dict[str, int | None]:
+    """How many seeds each server gets, None for all: of ``vllm:1`` the first."""
+    named = (part.partition(":") for part in text.split(","))
+    return {name: int(number) if colon else None for name, colon, number in named}
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a tiny model; runs on a CPU")
     parser.add_argument("--scenario", choices=SCENARIOS)
-    parser.add_argument("--servers", type=lambda t: t.split(","), default="ideal,resident,vllm")
+    parser.add_argument("--servers", type=seeds_of, default="ideal,resident,vllm")
     parser.add_argument("--adapters", type=int, default=200)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--host", type=int, default=200, help="max_cpu_loras")

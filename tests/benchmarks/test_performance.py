@@ -130,6 +130,18 @@ def test_a_scenario_is_a_set_of_defaults() -> None:
     assert serving.parse([]).host == 200
 
 
+def test_servers_are_measured_side_by_side_and_some_for_few_seeds() -> None:
+    options = serving.parse(["--servers", "ideal,vllm:1", "--seeds", "5,6", "--rates", "8,16"])
+    assert serving.schedule(options) == [
+        (5, 8.0, "ideal"),
+        (5, 8.0, "vllm"),
+        (5, 16.0, "ideal"),
+        (5, 16.0, "vllm"),
+        (6, 8.0, "ideal"),
+        (6, 16.0, "ideal"),
+    ]
+
+
 def test_popularity_falls_with_the_rank() -> None:
     options = slo.parse([])
     ranks = slo.ranks_of(options)
