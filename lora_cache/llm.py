@@ -28,12 +28,11 @@ from lora_cache.catalog import AdapterLike, Catalog
 from lora_cache.config import CacheConfig, CacheSettings
 from lora_cache.engines import SWITCH, is_switched_on
 from lora_cache.errors import ConfigError, LoraCacheError, RequestRefusedError
+from lora_cache.plan.slots import MAX_LORA_RANKS
 from lora_cache.setup import disk_tier
 from lora_cache.sources import Source, default_sources
 from lora_cache.views import Snapshot, Stats
 
-#: Ranks that vLLM has slots for.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_MAX_RANK = 64
 DEFAULT_MAX_LORAS = 8
 
@@ -263,7 +262,7 @@ async def _rank_for(
     if not found:
         return DEFAULT_MAX_RANK
     largest = max(adapter.manifest.rank for adapter in found)
-    return next((rank for rank in RANKS if rank >= largest), largest)
+    return next((rank for rank in MAX_LORA_RANKS if rank >= largest), largest)
 
 
 def _named(lora_request: Any) -> Any:
