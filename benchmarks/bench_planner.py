@@ -2,11 +2,15 @@
 
     python -m benchmarks.bench_planner [--json FILE]
 
-Two questions, each for growing numbers of registered adapters:
+Two questions, each for growing numbers of adapters that are registered, then of such that are in
+host memory:
 
 * hit: `async with cache.lease(ref)` of an adapter that sits in a slot, in and out;
 * decision: the same for an adapter that must evict another one from its slot (host memory holds
   both), i.e. choosing the victim, the transition, and waking the caller.
+
+And for how long everybody waits, once a second, while the cache draws the picture of itself that
+``lora-cache status`` shows.
 
 Beside them, in the same run: a hit in `cachetools.LRUCache` of the slots' size, the cheapest
 thing that could be called an adapter cache.
@@ -41,9 +45,9 @@ def percentiles(samples_ns: list[int]) -> dict[str, float]:
     return {"p50_us": round(cuts[49] / 1e3, 2), "p99_us": round(cuts[98] / 1e3, 2)}
 
 
-async def measure(registered: int, policy: str, repeats: int) -> list[Row]:
+async def measure(registered: int, host: int, policy: str, repeats: int) -> list[Row]:
     """Time hits and decisions with `registered` adapters known to the cache."""
-    engine, source = FakeEngine(SLOTS, HOST), FakeSource()
+    engine, source = FakeEngine(SLOTS, host), FakeSource()
     async with AsyncLoraCache(
         engine, sources={"fake": source}, policy=policy, publish=False
     ) as cache:
@@ -52,7 +56,7 @@ async def measure(registered: int, policy: str, repeats: int) -> list[Row]:
             await asyncio.gather(
                 *(cache.prefetch(ref, tier="disk") for ref in refs[start : start + 512])
             )
-        await cache.warm(refs[:HOST])
+        await cache.warm(refs[:host])
 
         async def lease(ref: AdapterRef) -> int:
             began = time.perf_counter_ns()
@@ -62,14 +66,20 @@ async def measure(registered: int, policy: str, repeats: int) -> list[Row]:
 
         hits = [await lease(refs[number % SLOTS]) for number in range(repeats)]
         before = cache.stats().slot_hits
-        decisions = [await lease(refs[number % HOST]) for number in range(repeats // 4)]
+        decisions = [await lease(refs[number % host]) for number in range(repeats // 4)]
         missed = len(decisions) - (cache.stats().slot_hits - before)
-        assert cache.stats().disk_hits + cache.stats().disk_loads <= 2 * HOST
+        assert cache.stats().disk_hits + cache.stats().disk_loads <= 2 * host
         assert missed > len(decisions) // 2
-        common = {"policy": policy, "registered": registered}
+        pictures = []
+        for _ in range(100):
+            began = time.perf_counter_ns()
+            cache.snapshot()
+            pictures.append(time.perf_counter_ns() - began)
+        common = {"policy": policy, "registered": registered, "host": host}
         return [
             {"what": "lease, slot hit", **common, **percentiles(hits)},
             {"what": "lease, evicting", **common, **percentiles(decisions)},
+            {"what": "snapshot", **common, **percentiles(pictures)},
         ]
 
 
@@ -92,22 +102,25 @@ def reference(repeats: int) -> Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--registered", default="1000,10000,100000")
+    parser.add_argument("--host", default="1024,4096", help="host entries, the largest ones")
     parser.add_argument("--repeats", type=int, default=20_000)
     parser.add_argument("--json", type=Path, help="also write the raw figures here")
     options = parser.parse_args()
 
     rows = [reference(options.repeats)]
-    for registered in map(int, options.registered.split(",")):
+    sizes = [(int(registered), HOST) for registered in options.registered.split(",")]
+    sizes += [(int(host), int(host)) for host in options.host.split(",")]
+    for registered, host in sizes:
         for policy in ("lru", "lfu"):
-            rows += asyncio.run(measure(registered, policy, options.repeats))
+            rows += asyncio.run(measure(registered, host, policy, options.repeats))
 
-    table = Table(title=f"{SLOTS} slots, {HOST} host entries, fake engine, µs")
-    for name in ("what", "policy", "registered", "p50", "p99"):
+    table = Table(title=f"{SLOTS} slots, fake engine, µs")
+    for name in ("what", "policy", "registered", "in host memory", "p50", "p99"):
         table.add_column(name, justify="left" if name in ("what", "policy") else "right")
     for row in rows:
-        known = f"{row['registered']:,}" if "registered" in row else "–"
+        sizes_of = [f"{row[n]:,}" if n in row else "–" for n in ("registered", "host")]
         p50, p99 = f"{row['p50_us']:.2f}", f"{row['p99_us']:.2f}"
-        table.add_row(row["what"], row["policy"], known, p50, p99)
+        table.add_row(row["what"], row["policy"], *sizes_of, p50, p99)
     Console().print(table)
     if options.json:
         write_raw(options.json, "benchmarks.bench_planner", ("cachetools",), rows=rows)

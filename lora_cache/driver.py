@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 
@@ -179,6 +179,7 @@ class Driver:
                 await asyncio.wait(self._transitions)
             holdings = await self._engine.holdings()
             actions = self._planner.reconcile(holdings, self.now())
+            self._let_go(list(self._holds))
         finally:
             held, self._held_back = self._held_back, None
             for start in held:
@@ -309,7 +310,7 @@ class Driver:
             cost_s = self.now() - started
             self.load_s += cost_s
             actions = self._planner.completed(move.op, cost_s, self.now())
-        self._let_go()
+        self._let_go(move.involved)
         for choice in start.choices:
             if choice.victim in (demoted | dropped if choice.tier is Tier.GPU else dropped):
                 self._events.publish(Eviction.of(choice, move.load, self.now()))
@@ -345,9 +346,11 @@ class Driver:
             self._holds[adapter.key] = hold
         return True
 
-    def _let_go(self) -> None:
-        for key in [key for key in self._holds if key not in self._planner.residency.host]:
-            self._holds.pop(key).release()
+    def _let_go(self, keys: Iterable[AdapterKey]) -> None:
+        """Of those that are not resident any more."""
+        for key in keys:
+            if key in self._holds and key not in self._planner.residency.host:
+                self._holds.pop(key).release()
 
     def _arm(self) -> None:
         """Have the planner looked at again when somebody will have waited too long."""

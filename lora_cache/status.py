@@ -13,12 +13,16 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from lora_cache._version import __version__
+from lora_cache.views import AdapterStatus, Snapshot, Stats
 
 if TYPE_CHECKING:
     from lora_cache.cache import AsyncLoraCache
@@ -27,6 +31,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^(\d+)-\d+\.json(\.tmp)?$")
+_TIMELESS = attrgetter(
+    *(field.name for field in fields(AdapterStatus) if field.name not in ("since_s", "reason"))
+)
+#: How much longer than drawing a picture takes it is until the next one.
+_PAUSES = 200
 _numbers = count(1)  # a process may have several caches
 
 
@@ -56,6 +65,7 @@ class StatusFile:
         self._started_at = time.time()
         self._process_start = _process_start(self._pid)
         self.path = status_dir() / f"{self._pid}-{next(_numbers)}.json"
+        self._published: object = None
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -81,35 +91,40 @@ class StatusFile:
         await self.close()
 
     async def _publish(self) -> None:
-        published: object = None
+        pause_s = self._period_s
         try:
-            while not await self._closed_within(self._period_s):
-                stats, snapshot = self._cache.stats().to_dict(), self._cache.snapshot().to_dict()
-                state = (stats, _timeless(snapshot))
-                if state != published:
-                    text = json.dumps(self._record(stats, snapshot))
-                    await asyncio.to_thread(_write, self.path, text)
-                    published = state
+            while not await self._closed_within(pause_s):
+                began = time.perf_counter()
+                stats, snapshot = self._cache.stats(), self._cache.snapshot()
+                # Requests stand still while the picture is drawn, and only then.
+                pause_s = max(self._period_s, _PAUSES * (time.perf_counter() - began))
+                await asyncio.to_thread(self._write_if_changed, stats, snapshot)
         except Exception as error:
             logger.warning("lora-cache status will not show this cache: %s", error)
             self._remove()  # better no state than an old one
+
+    def _write_if_changed(self, stats: Stats, snapshot: Snapshot) -> None:
+        state = stats, _timeless(snapshot)
+        if state != self._published:
+            _write(self.path, msgspec.json.encode(self._record(stats, snapshot)))
+            self._published = state
 
     async def _closed_within(self, seconds: float) -> bool:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._closing.wait(), seconds)
         return self._closing.is_set()
 
-    def _record(self, stats: dict[str, Any], snapshot: dict[str, Any]) -> dict[str, Any]:
+    def _record(self, stats: Stats, snapshot: Snapshot) -> dict[str, Any]:
         return {
             "pid": self._pid,
             "process_start": self._process_start,
             "started_at": self._started_at,
             "updated_at": time.time(),
             "version": __version__,
-            "engine": snapshot["engine"],
+            "engine": snapshot.engine,
             "claims": self._claims,
-            "stats": stats,
-            "snapshot": snapshot,
+            "stats": stats.to_dict(),
+            "snapshot": snapshot.to_dict(),
         }
 
     def _remove(self) -> None:
@@ -138,12 +153,12 @@ def read_status() -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: (record["started_at"], record["pid"]))
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.tmp")
     # Readers see the old file or the new one, never half a file.
-    with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
+    with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
     os.replace(scratch, path)
 
 
@@ -166,10 +181,10 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _timeless(snapshot: dict[str, Any]) -> dict[str, Any]:
+def _timeless(snapshot: Snapshot) -> object:
     """`snapshot` without what changes by merely waiting."""
-    adapters = [{**row, "since_s": 0.0, "reason": ""} for row in snapshot["adapters"]]
-    return {**snapshot, "adapters": adapters, "at_s": 0.0}
+    others = replace(snapshot, adapters=(), at_s=0.0)
+    return others, list(map(_TIMELESS, snapshot.adapters))
 
 
 def _is_alive(pid: int) -> bool:

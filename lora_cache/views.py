@@ -6,8 +6,10 @@ Plain frozen records; `to_dict` of each is the documented form of every ``--json
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+import msgspec
 
 from lora_cache.adapter import AdapterKey
 from lora_cache.catalog import Catalog
@@ -16,7 +18,7 @@ from lora_cache.events import Events, Eviction, MemoryEvent
 from lora_cache.level import Level
 from lora_cache.planner import Counters, Planner
 from lora_cache.policies import explain
-from lora_cache.state import CopyState, Tier
+from lora_cache.state import Copy, CopyState, Tier
 
 _TIERS = (Tier.GPU, Tier.HOST)
 _ORDER = {Tier.GPU: 0, Tier.HOST: 1, Tier.DISK: 2}
@@ -180,8 +182,11 @@ class Snapshot:
 
     def to_dict(self) -> dict[str, Any]:
         """The form of ``--json``."""
-        evictions = [event.to_dict() for event in self.evictions]
-        return asdict(self) | {"evictions": evictions, "memory": self.memory.to_dict()}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {
+            "adapters": msgspec.to_builtins(self.adapters),  # there may be thousands
+            "evictions": [event.to_dict() for event in self.evictions],
+            "memory": self.memory.to_dict(),
+        }
 
     def why(self, key: AdapterKey | str) -> str:
         """Why an adapter is where it is: what keeps it there, or what took it away.
@@ -239,14 +244,18 @@ def snapshot_of(
     for move, tickets in planner.loads():
         queue[move] = queue.get(move, 0) + tickets
 
-    order = planner.residency.order_of_leaving
+    residency, order = planner.residency, planner.residency.order_of_leaving
+    leases, pins = residency.leases, residency.pins
     places = {tier: {key: n for n, key in enumerate(order(tier, now), 1)} for tier in _TIERS}
 
-    def status(key: AdapterKey) -> AdapterStatus:
-        slot, held, known = gpu.get(key), host.get(key), catalog.get(key)
-        nearest = slot or held
-        ready = next((t.tier for t in (gpu, host) if t.is_ready(key)), Tier.DISK)
-        policy = gpu.policy if ready is Tier.GPU else host.policy
+    # The event loop stands still meanwhile, once a second: a row is to take microseconds.
+    def status(key: AdapterKey, held: Copy | None) -> AdapterStatus:
+        slot, known = gpu.get(key), catalog.get(key)
+        nearest, ready, table = slot or held, Tier.DISK, None
+        if slot and slot.state is CopyState.READY:
+            ready, table = Tier.GPU, gpu
+        elif held and held.state is CopyState.READY:
+            ready, table = Tier.HOST, host
         return AdapterStatus(
             key=key.digest,
             name=key.name,
@@ -255,17 +264,17 @@ def snapshot_of(
             gpu=slot.state if slot else None,
             host=held.state if held else None,
             since_s=now - nearest.since if nearest else 0.0,
-            leases=planner.residency.leases.get(key, 0),
-            waiting=queue.get(key, 0),
-            pinned=planner.residency.pins.tier_of(key),
+            leases=leases.get(key, 0),
+            waiting=queue.get(key, 0) if queue else 0,
+            pinned=pins.tier_of(key),
             nbytes=held.nbytes if held else 0,
             rank=known.manifest.rank if known else 0,
-            place=places[ready].get(key) if ready in places else None,
-            reason="" if ready is Tier.DISK else explain(policy, key, now),
+            place=places[ready].get(key) if table is not None else None,
+            reason=explain(table.policy, key, now) if table is not None else "",
         )
 
-    keys = {copy.key for copy in host} | queue.keys()
-    rows = [status(key) for key in keys]
+    rows = [status(copy.key, copy) for copy in host]
+    rows += [status(key, None) for key in queue if key not in host]
     rows.sort(key=lambda row: (_ORDER[row.tier], row.slot or 0, row.name, row.key))
     return Snapshot(
         engine=engine.capabilities.name,

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,29 @@ def test_nothing_is_written_while_nothing_changes() -> None:
             assert json.loads(file.path.read_text()) == before
 
     asyncio.run(main())
+
+
+def test_what_takes_long_to_draw_is_drawn_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests stand still meanwhile."""
+    drawn = 0
+
+    async def main() -> None:
+        async with make_cache() as cache:
+            snapshot = cache.snapshot
+
+            def slowly() -> Any:
+                nonlocal drawn
+                drawn += 1
+                time.sleep(0.05)
+                return snapshot()
+
+            monkeypatch.setattr(cache, "snapshot", slowly)
+            async with StatusFile(cache, period_s=PERIOD_S) as file:
+                await until_written(file)
+                await asyncio.sleep(20 * PERIOD_S)
+
+    asyncio.run(main())
+    assert drawn == 1
 
 
 def test_nothing_is_written_before_the_first_period_has_passed() -> None:

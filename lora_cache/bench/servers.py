@@ -124,7 +124,7 @@ class Managed:
 
         if self.cache is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="images-")
-            settings = {"engine": self.kind, "publish": False, **self.settings}
+            settings = {"engine": self.kind, **self.settings}
             if self.kind == "resident":
                 settings["image_dir"] = self.images
             self.cache = await AsyncLoraCache(self.engine, **settings).__aenter__()

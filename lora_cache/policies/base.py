@@ -61,6 +61,6 @@ class Explains(Protocol):
 
 def explain(policy: Policy, key: AdapterKey, now: float) -> str:
     """The policy's own words for where `key` ranks, or the least that can be said."""
-    if isinstance(policy, Explains):
-        return policy.explain(key, now)
-    return f"as {type(policy).__name__} ranks it"
+    # Not isinstance: that looks through a protocol's attributes each time, fifty times as long.
+    own = getattr(policy, "explain", None)
+    return own(key, now) if own else f"as {type(policy).__name__} ranks it"
