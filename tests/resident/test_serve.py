@@ -19,7 +19,7 @@ from tests.resident.serving import Server
 from tests.resident.test_engine import stock_answer
 
 # One server is enough: in several processes of pytest each would start its own.
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("serve")]
+pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("serve"), pytest.mark.timeout(600)]
 
 STATIC = 8  # the adapter that the server is started with
 PROMPT, TOKENS = prompt(4)["prompt_token_ids"], 12

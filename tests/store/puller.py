@@ -91,7 +91,9 @@ def pull_from(hub: Hub, store: Path, names: list[str], *more: Any) -> ForkServer
 
 async def _pull(store: Path, endpoint: str, refs: list[str], options: dict[str, Any]) -> None:
     disk = DiskTier(store, workers=3, **options)
-    catalog = Catalog({"hub": HubSource(endpoint=endpoint, cache_dir=store / "none")}, disk)
+    # A Hub that shares two busy cores with others may take long.
+    source = HubSource(endpoint=endpoint, cache_dir=store / "none", timeout_s=60)
+    catalog = Catalog({"hub": source}, disk)
     try:
         await asyncio.gather(*(catalog.resolve(AdapterRef.parse(ref)) for ref in refs))
     finally:
