@@ -13,7 +13,7 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^(\d+)-\d+\.json(\.tmp)?$")
 _TIMELESS = attrgetter(
-    *(field.name for field in fields(AdapterStatus) if field.name not in ("since_s", "reason"))
+    *(name for name in AdapterStatus.__struct_fields__ if name not in ("since_s", "reason"))
 )
 #: How much longer than drawing a picture takes it is until the next one.
 _PAUSES = 200

@@ -41,13 +41,17 @@ def memory_of_this_machine_is_not_watched() -> Iterator[None]:
         yield
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    # Before any are chosen by their marks.
+    if "hub_server" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.hub)
+
+
 @pytest.hookimpl(trylast=True)  # after xdist's own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Long tests begin early, lest one process be left with one when all others are done.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
     for item in items:
-        if "hub_server" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.hub)
         _keep_group(item)
 
 

@@ -56,6 +56,7 @@ class Line:
         with mmap.mmap(self.arena.fd, self.arena.nbytes) as memory:
             found = [memory[o : o + n] for o, n in zip(offsets, nbytes, strict=True)]
         self.packing.free(offsets)
+        await self.packing.emptied()
         return found
 
     async def saved(self) -> None:
