@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long  # builds a package
+
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "writing-a-policy.md").read_text()
 FILE = re.compile(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", re.MULTILINE | re.DOTALL)

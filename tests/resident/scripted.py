@@ -31,7 +31,6 @@ from lora_cache.engines.resident.wire import (
     Unload,
     Welcome,
 )
-from lora_cache.engines.resident.worker import parts_of
 
 
 def slot_tensors(manager: Any, slot: int) -> list[torch.Tensor]:
@@ -70,6 +69,8 @@ class WholeSlotWriter:
 
 
 def whole_slot_parts(worker: Any) -> Parts:
+    from lora_cache.engines.resident.worker import parts_of  # imports vLLM
+
     manager = worker._adapter_manager
     nbytes = image_of(manager, 0).numel()
     real = parts_of(worker)

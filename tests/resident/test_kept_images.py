@@ -31,6 +31,8 @@ from tests.resident.test_packing_line import LAYOUTS, here, run
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.long  # each starts a packer, which imports torch
+
 ROOT = Path(__file__).parents[2]
 COUNT = 6
 

@@ -23,6 +23,8 @@ from tests.resident.layouts import plain_layout
 
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.long  # each starts a packer, which imports torch
+
 Adapter = Callable[..., Path]
 LAYOUTS = [plain_layout("bfloat16"), plain_layout("float32")]  # of two workers that differ
 

@@ -15,6 +15,8 @@ import pytest
 
 from lora_cache.sim import FileTrace, Setup, open_trace, simulate
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent.parent
 TRACES = Path(os.environ.get("LORA_CACHE_TRACES", ROOT.parent / "shared" / "traces"))
 FULL = bool(os.environ.get("LORA_CACHE_TRACES_FULL"))
