@@ -26,6 +26,8 @@ FORMAT = 1  #: raised whenever the same layout would mean other bytes
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
+_MOST_PLACED = 64  # kinds of contents whose places are remembered
+
 
 class Piece(msgspec.Struct, frozen=True):
     """One tensor of a slot, and the part of an adapter's matrix that belongs there.
@@ -155,21 +157,35 @@ class Layout(msgspec.Struct, frozen=True, dict=True):
         encoded = msgspec.json.encode((FORMAT, self))
         return hashlib.sha256(encoded).hexdigest()[:32]
 
-    def place(self, contents: Contents) -> Iterator[Placed]:
-        """Every piece of such an image that is not empty, in the order of offsets."""
+    def place(self, contents: Contents) -> tuple[Placed, ...]:
+        """Every piece of such an image that is not empty, in the order of offsets.
+
+        Thread-safe; remembered, for most adapters are like the last one.
+        """
+        known: dict[Contents, tuple[Placed, ...]] = self.__dict__.setdefault("placed", {})
+        found = known.get(contents)
+        if found is None:
+            if len(known) >= _MOST_PLACED:
+                known.clear()
+            found = known[contents] = tuple(self._place(contents))
+        return found
+
+    def _place(self, contents: Contents) -> Iterator[Placed]:
         offset = 0
         for number, piece in enumerate(self.pieces):
             if contents.has(piece.source):
                 rows, columns = shape = piece.shape(contents.rank)
                 if rows and columns:
                     yield Placed(number, offset, shape)
-                    offset += _aligned(rows * columns * self.item_bytes)
+                    offset += self._nbytes_of(shape)
 
     def nbytes(self, contents: Contents) -> int:
         """Bytes of such an image: a multiple of `ALIGNMENT`."""
-        return sum(
-            _aligned(p.shape[0] * p.shape[1] * self.item_bytes) for p in self.place(contents)
-        )
+        placed = self.place(contents)
+        return placed[-1].offset + self._nbytes_of(placed[-1].shape) if placed else 0
+
+    def _nbytes_of(self, shape: tuple[int, int]) -> int:
+        return _aligned(shape[0] * shape[1] * self.item_bytes)
 
     def max_nbytes(self, rank: int) -> int:
         """Bytes of the image of an adapter of `rank` that targets every module."""

@@ -77,6 +77,7 @@ class Packing:
 
     def __init__(self, layout: Layout, source: Source) -> None:
         self._layout = layout
+        self._dtype = getattr(torch, layout.dtype)
         self._weights = source.weights
         self._modules = _modules(layout, source.weights, source.config)
         self.contents = _contents(layout, self._modules)
@@ -100,10 +101,10 @@ class Packing:
         if len(view) < self.nbytes:
             raise ValueError(f"the image has {self.nbytes} bytes, the buffer {len(view)}")
         image = view[: self.nbytes]
-        placed = list(self._layout.place(self.contents))
+        placed = self._layout.place(self.contents)
         self._clear_gaps(image, placed)
-        placed.sort(key=self._start)  # neighbours in the file are read in one go
-        hands.do(lambda share: self._pack(image, share), list(self._shares(placed)))
+        as_read = sorted(placed, key=self._start)  # neighbours in the file come in one go
+        hands.do(lambda share: self._pack(image, share), list(self._shares(as_read)))
 
     def _tensor(self, placed: Placed) -> Tensor:
         piece = self._layout.pieces[placed.number]
@@ -112,7 +113,7 @@ class Packing:
     def _start(self, placed: Placed) -> int:
         return self._tensor(placed).start
 
-    def _shares(self, placed: list[Placed]) -> Iterator[list[Placed]]:
+    def _shares(self, placed: Sequence[Placed]) -> Iterator[list[Placed]]:
         """What one thread should pack at a time."""
         share: list[Placed] = []
         nbytes = 0
@@ -125,7 +126,7 @@ class Packing:
         if share:
             yield share
 
-    def _clear_gaps(self, image: memoryview, placed: list[Placed]) -> None:
+    def _clear_gaps(self, image: memoryview, placed: Sequence[Placed]) -> None:
         end = 0
         for where in placed:
             if end < where.offset:
@@ -140,18 +141,21 @@ class Packing:
             piece = self._layout.pieces[placed.number]
             module = self._modules[piece.source]
             tensor = module.matrices[piece.matrix]
-            target = self._target(image, placed)
+            is_scaled = piece.matrix == "B" and module.scaling != 1
             runs = None
             if tensor.dtype == self._layout.dtype:
                 runs = _runs(piece, tensor, module.rank, placed.shape)
             if runs is None:
+                target = self._target(image, placed).view(placed.shape)
                 target = _fill(target, piece, self._mapped(tensor), module.rank)
             else:
                 at = placed.offset
                 for start, stop in runs:
                     reads.append((start, image[at : at + stop - start]))
                     at += stop - start
-            if piece.matrix == "B" and module.scaling != 1:
+                # Every object costs as much as reading some kilobytes: none that is not needed.
+                target = self._target(image, placed) if is_scaled else None
+            if is_scaled:
                 scaled.append((target, module.scaling))
         self._weights.read(reads)
         for target, scaling in scaled:
@@ -163,11 +167,9 @@ class Packing:
         return placed.shape[0] * placed.shape[1] * self._layout.item_bytes
 
     def _target(self, image: memoryview, placed: Placed) -> torch.Tensor:
-        dtype = getattr(torch, self._layout.dtype)
+        """The piece's numbers in the image, flat."""
         count = placed.shape[0] * placed.shape[1]
-        return torch.frombuffer(image, dtype=dtype, count=count, offset=placed.offset).view(
-            placed.shape
-        )
+        return torch.frombuffer(image, dtype=self._dtype, count=count, offset=placed.offset)
 
     def _mapped(self, tensor: Tensor) -> torch.Tensor:
         dtype = getattr(torch, tensor.dtype)
