@@ -231,15 +231,22 @@ def _fill(target: torch.Tensor, piece: Piece, weights: torch.Tensor, rank: int) 
         `target` without the padding, whose zeros stay positive when the rest is scaled.
     """
     across = weights if piece.matrix == "A" else weights.T  # (rank, width)
-    ranks = piece.ranks(rank)
-    across = across[piece.rank_start : piece.rank_start + ranks]
     oriented = target if piece.rank_first else target.T  # (ranks of the image, length)
+    ranks = piece.ranks(rank)
+    # A view costs as much as copying some kilobytes: none where all of it is meant.
+    if ranks != len(across):
+        across = across[piece.rank_start : piece.rank_start + ranks]
+    if ranks != len(oriented):
+        oriented[ranks:].zero_()
+        oriented = oriented[:ranks]
+    if piece.spans == ((0, across.shape[1]),):
+        oriented.copy_(across)
+        return oriented
     column = 0
     for start, stop in piece.spans:
-        oriented[:ranks, column : column + stop - start].copy_(across[:, start:stop])
+        oriented[:, column : column + stop - start].copy_(across[:, start:stop])
         column += stop - start
-    oriented[ranks:].zero_()
-    return oriented[:ranks]
+    return oriented
 
 
 def _contents(layout: Layout, modules: dict[int, _Module]) -> Contents:
