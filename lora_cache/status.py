@@ -106,7 +106,7 @@ class StatusFile:
     def _write_if_changed(self, stats: Stats, snapshot: Snapshot) -> None:
         state = stats, _timeless(snapshot)
         if state != self._published:
-            _write(self.path, msgspec.json.encode(self._record(stats, snapshot)))
+            _write(self.path, _encode(self._record(stats, snapshot)))
             self._published = state
 
     async def _closed_within(self, seconds: float) -> bool:
@@ -151,6 +151,13 @@ def read_status() -> list[dict[str, Any]]:
                 else:  # the process has died, and another one has its pid
                     _discard(path)
     return sorted(found, key=lambda record: (record["started_at"], record["pid"]))
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    try:
+        return msgspec.json.encode(record)
+    except UnicodeEncodeError:  # the name of some directory is not UTF-8
+        return json.dumps(record).encode()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -123,6 +123,18 @@ def test_nothing_is_written_while_nothing_changes() -> None:
     asyncio.run(main())
 
 
+def test_a_name_that_is_no_text_is_shown_too() -> None:
+    """Of a directory whose name is not UTF-8."""
+
+    async def main() -> None:
+        async with make_cache() as cache, StatusFile(cache, period_s=PERIOD_S) as file:
+            async with cache.lease(FakeSource.ref("a\udcff")):
+                record = await until_written(file, lambda record: leases(record) == [1])
+            assert record["snapshot"]["adapters"][0]["name"] == "a\udcff"
+
+    asyncio.run(main())
+
+
 def test_what_takes_long_to_draw_is_drawn_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests stand still meanwhile."""
     drawn = 0
