@@ -218,8 +218,10 @@ class Driver:
         timeout_s: float | None,
     ) -> Tier:
         """Carry out `actions`, and wait until `ticket` is granted or refused."""
-        if len(actions) == 1 and isinstance(actions[0], Granted):  # the hot path: no future
-            return actions[0].served_from
+        only = actions[0] if len(actions) == 1 else None
+        # The hot path: no future.  It may be the grant of another, whose drain was lifted.
+        if isinstance(only, Granted) and only.ticket == ticket:
+            return only.served_from
         waiter = _Waiter(asyncio.get_running_loop().create_future(), key, want)
         self._waiters[ticket] = waiter
         self._perform(actions)
