@@ -20,8 +20,6 @@ class Tier(StrEnum):
     HOST = "host"
     DISK = "disk"
 
-    __hash__ = str.__hash__  # Enum's own is a Python function, and takes three times as long
-
 
 class CopyState(StrEnum):
     """The state of one copy: of one key in one tier."""
@@ -31,8 +29,6 @@ class CopyState(StrEnum):
     DRAINING = "draining"
     FAILED = "failed"
     GONE = "gone"
-
-    __hash__ = str.__hash__  # as of Tier: every move looks up two states
 
 
 TRANSITIONS: Mapping[CopyState, frozenset[CopyState]] = MappingProxyType(
