@@ -491,6 +491,8 @@ def test_random_traffic_keeps_the_engine_s_rules(seed: int, like: str) -> None:
                 if rng.random() < 0.1:
                     rng.choice(tasks).cancel()
                 await clock.advance(rng.random() * 0.2)
+                driver, planner = w.cache._driver, w.cache._planner
+                assert not driver._waiters.keys() & planner._held.keys(), "granted, and not told"
             while not all(task.done() for task in tasks):
                 await clock.advance(0.5)
             await clock.advance(5.0)  # loads whose callers gave up: closing waits for them
