@@ -84,7 +84,7 @@ class Stats:
         }
 
 
-# A struct, for there may be thousands: made five times as fast as a dataclass, and no work for
+# A struct, for there may be thousands: made in a seventh of a dataclass's time, and no work for
 # Python's collector of cycles, which would stop everything.
 class AdapterStatus(msgspec.Struct, frozen=True, gc=False):
     """One adapter that is resident, or waited for.
