@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
 
-NAMES = SERVERS | {"ideal": "no loads at all"}
+NAMES = SERVERS | {"ideal": "no loads at all", "free": "slots, loads for nothing"}
 BESIDE = {
     "cold": "on disk",
     "packed": "packed on disk",

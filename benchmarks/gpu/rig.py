@@ -111,6 +111,7 @@ def start_vllm(
     max_num_seqs: int,
     rank: int = 16,
     max_model_len: int = 2048,
+    graph_tokens: int | None = None,
     tiny: bool = False,
 ) -> Any:
     """An `AsyncLLM`; a tiny one runs on a CPU."""
@@ -123,6 +124,7 @@ def start_vllm(
         max_model_len=max_model_len,
         kv_bytes=64 << 20 if tiny else 16 << 30,
         on_cpu=tiny,
+        graph_tokens=graph_tokens,
     )
 
 

@@ -5,10 +5,12 @@
 
 Poisson arrivals, Zipf(1.0) popularity, prompts of 512 tokens, 64 generated, prefix caching off.
 Servers: ``ideal`` (the same arrivals over as many adapters as slots, all resident, on plain vLLM),
-``vllm`` (by itself), ``stock`` (vLLM's own API under our planner), ``resident``.  For each seed and
-rate a *cold* row, every tier above the adapters' files being empty at its start, and a *warm* one,
-with the most popular adapters in host memory, as many as fit.  The time to the first token counts
-from the arrival.  ``--scenario`` sets several options at once; those that are given as well win.
+``free`` (as many slots under our planner, and loads that cost nothing: what waiting for a slot
+costs by itself), ``vllm`` (by itself), ``stock`` (vLLM's own API under our planner), ``resident``.
+For each seed and rate a *cold* row, every tier above the adapters' files being empty at its start,
+and a *warm* one, with the most popular adapters in host memory, as many as fit.  The time to the
+first token counts from the arrival.  ``--scenario`` sets several options at once; those that are
+given as well win.
 ``vllm:1`` among the servers serves the first seed only.
 
 Adapters' files take 5.2 MB for each rank and are in memory where there is room (`rig.roomy`): a
@@ -29,6 +31,7 @@ from typing import Any
 from benchmarks.gpu import rig
 from lora_cache.bench import servers
 from lora_cache.bench.figures import summary
+from lora_cache.bench.free import FreeLoads
 from lora_cache.bench.servers import Row, Server
 from lora_cache.bench.streams import DRAIN_S, poisson, replay, zipf
 from lora_cache.bench.vllm import sampling
@@ -72,7 +75,7 @@ async def serve(
     """The cold row, then the warm one."""
     popular = by_popularity(options, seed)[: options.host]
     for kind, seconds in (("cold", options.cold), ("warm", options.warm)):
-        if not seconds or (server.name == "ideal" and kind == "cold"):
+        if not seconds or (server.name in ("ideal", "free") and kind == "cold"):
             continue
         if rig.left_s(options.until) < seconds + DRAIN_S:
             print(f"no time is left for {server.name} at {rate:g}/s, {kind}", flush=True)
@@ -105,6 +108,7 @@ async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -
         host=options.host,
         max_num_seqs=options.max_num_seqs,
         rank=options.rank,
+        graph_tokens=options.graph_tokens,
         tiny=options.tiny,
     )
     print("vLLM has started", flush=True)
@@ -112,6 +116,7 @@ async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -
     settings = {name: value for name, value in given.items() if value}
     every: dict[str, Any] = {
         "ideal": servers.Ideal(engine, paths, options.slots),
+        "free": FreeLoads(engine, paths, options.slots, options.rank),
         "vllm": servers.Plain(engine, paths),
         "stock": servers.Managed(engine, paths, "stock", **settings),
         "resident": servers.Managed(engine, paths, "resident", **settings),
@@ -162,6 +167,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--graph-tokens", type=int, help="steps that CUDA graphs are captured for")
     parser.add_argument("--until", type=float, help="seconds from the start; no row ends later")
     parser.add_argument("--files", type=Path, help="where adapters are written")
     parser.add_argument("--json", type=Path)

@@ -179,6 +179,7 @@ async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -
         max_num_seqs=options.max_num_seqs,
         rank=max(ranks),
         max_model_len=options.longest_prompt + options.longest_answer,
+        graph_tokens=options.graph_tokens,
         tiny=options.tiny,
     )
     print(f"vLLM has started, {rig.left_s(options.until):.0f} s are left", flush=True)
@@ -222,6 +223,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--longest-prompt", type=int, default=4096)
     parser.add_argument("--longest-answer", type=int, default=512)
     parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--graph-tokens", type=int, help="steps that CUDA graphs are captured for")
     parser.add_argument("--until", type=float, help="seconds from the start; no row ends later")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", type=Path, help="where adapters are written")

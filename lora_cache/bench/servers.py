@@ -102,7 +102,7 @@ class Managed:
     """VLLM under a cache.
 
     Args:
-        kind: of engine.
+        kind: of engine, "stock" or "resident"; else the name of the one that is given.
         settings: of the cache.
     """
 
@@ -124,7 +124,9 @@ class Managed:
 
         if self.cache is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="images-")
-            settings = {"engine": self.kind, **self.settings}
+            settings = dict(self.settings)
+            if self.kind in ("stock", "resident"):
+                settings["engine"] = self.kind
             if self.kind == "resident":
                 settings["image_dir"] = self.images
             self.cache = await AsyncLoraCache(self.engine, **settings).__aenter__()

@@ -9,7 +9,12 @@ from typing import Any
 
 from lora_cache.engines import SWITCH
 
-_GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 96, 128)
+#: Steps of about as many tokens are replayed from a CUDA graph.  Coarser than vLLM's own list, for
+#: each takes a part of a second to capture.
+_GRAPH_SIZES = (
+    *(1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512),
+    *(576, 640, 704, 768, 1024, 1536, 2048),
+)
 
 
 def start_vllm(
@@ -22,6 +27,7 @@ def start_vllm(
     max_model_len: int,
     kv_bytes: int,
     on_cpu: bool,
+    graph_tokens: int | None = None,
 ) -> Any:
     """An `AsyncLLM` with dummy weights, whose slots a cache may take over.
 
@@ -31,6 +37,8 @@ def start_vllm(
         rank: the highest.
         kv_bytes: of the KV cache.
         on_cpu: without graphs, in float32.
+        graph_tokens: CUDA graphs are captured for steps of at most so many tokens, 2,048 being the
+            most; None: as vLLM does, twice `max_num_seqs` and at most 512.
     """
     os.environ[SWITCH] = "1"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -55,7 +63,8 @@ def start_vllm(
     if on_cpu:
         arguments |= {"enforce_eager": True, "dtype": "float32"}
     else:
-        sizes = [size for size in _GRAPH_SIZES if size <= max_num_seqs]
+        most = graph_tokens or min(2 * max_num_seqs, 512)
+        sizes = [size for size in _GRAPH_SIZES if size <= most]
         arguments |= {
             "dtype": "bfloat16",
             "compilation_config": {"cudagraph_capture_sizes": sizes},
