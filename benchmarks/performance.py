@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def serving(raw: Row) -> str:
     rows = sorted(raw["rows"], key=lambda row: (row["row"], row["rate"], row["seed"]))
     times = ("ttft_p50_ms", "ttft_p99_ms", "gap_p50_ms", "gap_p999_ms", "requests_per_s")
     heads = ["start", "requests/s asked", "seed", "served by", "first token p50, ms", "p99"]
-    return table(
+    found = table(
         [*heads, "gap p50", "p99.9", "requests/s done"],
         [
             [row["row"], row["rate"], str(row["seed"]), NAMES[row["server"]]]
@@ -103,6 +103,23 @@ def serving(raw: Row) -> str:
             for row in rows
         ],
     )
+    heads = ["resident engine", "against", "first token p99", "gap p99.9", "requests/s"]
+    compared = [*_compared(rows, "warm", "ideal"), *_compared(rows, "cold", "vllm")]
+    return f"{found}\n\n{table(heads, compared)}" if compared else found
+
+
+def _compared(rows: Sequence[Row], kind: str, other: str) -> Iterator[list[str]]:
+    """How many times as much the resident engine has as another server, seed by seed."""
+    of = {(row["server"], row["rate"], row["seed"]): row for row in rows if row["row"] == kind}
+    for rate in sorted({row["rate"] for row in rows}):
+        seeds = [seed for server, its, seed in of if (server, its) == (other, rate)]
+        pairs = [(of.get(("resident", rate, seed)), of[other, rate, seed]) for seed in seeds]
+        shown = []
+        for name in ("ttft_p99_ms", "gap_p999_ms", "requests_per_s"):
+            values = [(ours[name], its[name]) for ours, its in pairs if ours is not None]
+            shown.append(", ".join(f"{a / b:.2f}" if a and b else "–" for a, b in values))
+        if any(shown):
+            yield [f"{kind}, {rate:g}/s", NAMES[other], *shown]
 
 
 def slo(raw: Row) -> str:
@@ -132,6 +149,7 @@ TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "arrivals": ("arrivals_h100.json", arrivals),
     "beside": ("arrivals_h100.json", beside),
     "serving": ("serving_h100.json", serving),
+    "serving-small-graphs": ("serving_small_graphs_h100.json", serving),
     "serving-8-slots": ("serving_8_slots_h100.json", serving),
     "serving-thousand": ("serving_thousand_h100.json", serving),
     "slo": ("slo_h100.json", slo),
