@@ -162,9 +162,9 @@ class Bench:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def ten(self, way: Any, running: list[Answer]) -> None:
-        """Ten within one second, cold ones and resident ones."""
+        """Ten within one second, cold ones and resident ones in turns."""
         found: dict[str, list[float]] = {}
-        for kind in ("cold", "slot") * 3:
+        for kind in ("cold", "slot") * self.options.tens:
             adapters = [next(self.fresh) if kind == "cold" else i % BUSY for i in range(10)]
             await asyncio.sleep(0.5)
             began = time.perf_counter()
@@ -220,13 +220,14 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model; runs on a CPU")
     parser.add_argument("--servers", type=lambda t: t.split(","), default="resident,vllm")
     parser.add_argument("--arrivals", type=int, default=20, help="of each kind")
+    parser.add_argument("--tens", type=int, default=10, help="times that ten come in a second")
     parser.add_argument("--decoding", type=int, default=32)
     parser.add_argument("--slots", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rig.stop_politely()
-    number = BUSY + 4 * options.arrivals + 2 * options.slots + 80
+    number = BUSY + 4 * options.arrivals + 2 * options.slots + 10 * options.tens + 50
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         rig.register_plugin(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from lora_cache.errors import ConfigError
@@ -20,6 +21,7 @@ class Traffic:
         tokens_in_flight: context of all requests that run at a time, on average: each counts
             with all its tokens for as long as it holds its adapter (Little's law).
         longest: tokens of the longest request.
+        long_prompt: one prompt in ten has as many tokens, or more.
         ranks: of the adapters, where the trace tells them; else None.
     """
 
@@ -29,6 +31,7 @@ class Traffic:
     rate: float
     tokens_in_flight: float
     longest: int
+    long_prompt: int
     ranks: Ranks | None
 
     @classmethod
@@ -39,6 +42,7 @@ class Traffic:
             ConfigError: it is malformed, or empty.
         """
         rank_of: dict[str, int] = {}
+        prompts: Counter[int] = Counter()
         requests, longest, token_seconds = 0, 0, 0.0
         first_s = last_s = 0.0
         for request in trace:
@@ -48,6 +52,7 @@ class Traffic:
             rank_of[request.adapter] = request.rank or rank_of.get(request.adapter, 0)
             tokens = request.input_tokens + request.output_tokens
             longest = max(longest, tokens)
+            prompts[request.input_tokens] += 1
             if hold is not None:
                 token_seconds += tokens * hold.seconds(request.output_tokens)
         if not requests:
@@ -61,5 +66,20 @@ class Traffic:
             rate=requests / duration_s if duration_s > 0 else 0.0,
             tokens_in_flight=token_seconds / duration_s if duration_s > 0 else 0.0,
             longest=longest,
+            long_prompt=_longest_tenth(prompts),
             ranks=Ranks.of(known) if known else None,
         )
+
+
+def _longest_tenth(prompts: Counter[int]) -> int:
+    """Where the longest tenth begins.
+
+    Args:
+        prompts: how many have so many tokens.
+    """
+    seen = 0
+    for tokens in sorted(prompts, reverse=True):
+        seen += prompts[tokens]
+        if 10 * seen >= prompts.total():
+            return tokens
+    return 0

@@ -161,6 +161,16 @@ def said(plan: Plan) -> str:
     return "\n".join(plan.warnings)
 
 
+def test_prompts_without_graphs_are_told(tmp_path: Path) -> None:
+    traffic = "zipf:adapters=20,requests=400,rate=8,input_tokens="
+    text = said(plan_of(tmp_path, trace=traffic + "512"))
+    assert re.search(r"one prompt in ten has 1,\d\d\d tokens or more", text)
+    assert "for steps of up to 512:" in text
+    assert "CUDA graphs" not in said(plan_of(tmp_path, trace=traffic + "100"))
+    few = plan_of(tmp_path, trace=traffic + "100", engine={"max_num_seqs": 32})
+    assert "for steps of up to 64:" in said(few)
+
+
 def test_padding_is_told(tmp_path: Path) -> None:
     text = said(plan_of(tmp_path, rank="8:60,16:30,64:10"))
     assert "rank 8 in slots of rank 64: 87.5% of each such slot is padding (60%" in text
