@@ -230,12 +230,11 @@ def _read_header(directory: Path) -> dict[str, tuple[str, list[int]]]:
 
 def _target_modules(names: dict[str, Any]) -> tuple[str, ...]:
     """`base_model.model.….q_proj.lora_A.weight` → `q_proj`."""
-    found = {
-        parts[i - 1]
-        for parts in (name.split(".") for name in names)
-        for i, part in enumerate(parts)
-        if i and part.startswith("lora_")
-    }
+    found = set()
+    for name in names:
+        module, lora, _ = name.partition(".lora_")
+        if lora:
+            found.add(module.rpartition(".")[2])
     return tuple(sorted(found))
 
 
