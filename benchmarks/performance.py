@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.slo import highest
-from benchmarks.plot_arrival import FROM, PARTS, PICTURE, SERVERS, parts_of
+from benchmarks.plot_arrival import FROM, PARTS, PICTURE, parts_of
+from benchmarks.plot_serving import NAMES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -24,7 +25,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 Row = dict[str, Any]
 
-NAMES = SERVERS | {"ideal": "no loads at all", "free": "slots, loads for nothing"}
 BESIDE = {
     "cold": "on disk",
     "packed": "packed on disk",

@@ -52,6 +52,13 @@ def simulate(
             "2.5 (seconds), 0.02/token (of output).",
         ),
     ] = "none",
+    engine: Annotated[
+        str,
+        typer.Option(
+            metavar="stock|resident",
+            help="Which engine of lora_cache does the loads.",
+        ),
+    ] = "stock",
     adapter_bytes: Annotated[
         str, typer.Option(metavar="BYTES", help="Size of adapters, where the trace has none.")
     ] = "84MB",
@@ -82,7 +89,7 @@ def simulate(
     from lora_cache.sim import simulate as run
     from lora_cache.spec import split_specs
 
-    setup = _setup(host, hold, adapter_bytes, belady=belady)
+    setup = _setup(host, hold, engine, adapter_bytes, belady=belady)
     slots = parse_numbers("--gpu-slots", gpu_slots)
     policies = [name for given in policy or () for name in split_specs(given)]
     opened = [open_trace(text, seed) for text in traces]
@@ -107,7 +114,7 @@ def simulate(
         _draw_timeline(opened[0], rows[0], setup, timeline)
 
 
-def _setup(host: str | None, hold: str, adapter_bytes: str, *, belady: bool) -> Setup:
+def _setup(host: str | None, hold: str, engine: str, adapter_bytes: str, *, belady: bool) -> Setup:
     from lora_cache.sim import Setup, parse_hold
 
     entries = nbytes = None
@@ -116,7 +123,8 @@ def _setup(host: str | None, hold: str, adapter_bytes: str, *, belady: bool) -> 
             entries = int(host)
         except ValueError:
             nbytes = _bytes("--host", host)
-    return Setup(
+    return Setup.of_engine(
+        engine,
         host_entries=entries,
         host_bytes=nbytes,
         hold=parse_hold(hold),

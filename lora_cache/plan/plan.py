@@ -186,8 +186,12 @@ def make_plan(
     host_entries = _host_entries(adapters, traffic, wishes)
 
     numbers = _numbers(wishes, min(traffic.adapters, host_entries), host_entries)
-    setup = Setup(
-        host_entries=host_entries, hold=wishes.hold, nbytes=adapters.host_bytes, belady=False
+    setup = Setup.of_engine(
+        "resident" if wishes.engine.resident else "stock",
+        host_entries=host_entries,
+        hold=wishes.hold,
+        nbytes=adapters.host_bytes,
+        belady=False,
     )
     rows = simulate(trace, [wishes.policy], numbers, setup, progress)
     options = tuple(_option(budget, row, wishes.engine.max_model_len) for row in rows)

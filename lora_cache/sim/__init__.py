@@ -1,7 +1,7 @@
 """Replays traffic through the planner and the policies that serve: no GPU, no vLLM."""
 
 from lora_cache.sim.belady import Belady, Future, next_uses
-from lora_cache.sim.cost import TYPICAL_NBYTES, TransferCost
+from lora_cache.sim.cost import RESIDENT, TYPICAL_NBYTES, TransferCost
 from lora_cache.sim.hold import Hold, parse_hold
 from lora_cache.sim.rows import Row
 from lora_cache.sim.setup import Setup
@@ -10,6 +10,7 @@ from lora_cache.sim.sources import open_trace
 from lora_cache.sim.trace import FileTrace, Request, Trace
 
 __all__ = [
+    "RESIDENT",
     "TYPICAL_NBYTES",
     "Belady",
     "FileTrace",

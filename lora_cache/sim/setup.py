@@ -6,15 +6,22 @@ import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from lora_cache.errors import ConfigError
 from lora_cache.key import AdapterKey
 from lora_cache.planner import Limits
 from lora_cache.policies import Policy, PolicyLike, RemovalReason, make_policy, policy_names
 from lora_cache.sim.belady import Belady, Future
-from lora_cache.sim.cost import TYPICAL_NBYTES, TransferCost
+from lora_cache.sim.cost import RESIDENT, TYPICAL_NBYTES, TransferCost
 from lora_cache.sim.hold import Hold
 from lora_cache.sim.replay import HeldReplay, InstantReplay, Replay
+
+#: How the engines load: at what cost, and how many at a time.
+ENGINES: dict[str, dict[str, Any]] = {
+    "stock": {"cost": TransferCost(), "max_in_flight": 1},
+    "resident": {"cost": RESIDENT, "max_in_flight": None},
+}
 
 #: The name of the policy that only a simulator can have.
 BELADY = "belady"
@@ -43,6 +50,21 @@ class Setup:
     max_in_flight: int | None = 1
     drain_after_s: float = 1.0
     belady: bool = True
+
+    @classmethod
+    def of_engine(cls, engine: str, **others: Any) -> Setup:
+        """Loads as one of our engines does them.
+
+        Args:
+            engine: ``"stock"`` or ``"resident"``.
+            others: attributes.
+
+        Raises:
+            ConfigError: there is no such engine.
+        """
+        if engine not in ENGINES:
+            raise ConfigError(f"unknown engine {engine!r}: choose of {', '.join(ENGINES)}")
+        return cls(**{**ENGINES[engine], **others})
 
     def limits(self, slots: int) -> Limits:
         """The planner's limits.

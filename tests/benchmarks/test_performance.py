@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import performance, plot_arrival
+from benchmarks import performance, plot_arrival, plot_serving
 from benchmarks.gpu import serving, slo
 
 SPREAD = {"median_ms": 2.0, "p90_ms": 3.0, "max_ms": 4.0}
@@ -112,6 +112,26 @@ def test_the_parts_of_an_arrival_add_up() -> None:
         whole = {"on disk: vLLM": 205.4, "on disk: resident engine": 58, "in a slot": 0.7}
         expected = next(ms for name, ms in whole.items() if label.startswith(name))
         assert sum(parts.values()) == pytest.approx(expected + 9)
+
+
+def test_waits_are_drawn_seed_by_seed_without_those_that_never_ended(tmp_path: Path) -> None:
+    rows = [
+        {"row": row, "rate": 8.0, "server": server, "ttft_p50_ms": 50.0, "ttft_p99_ms": p99}
+        for row, server, p99 in [
+            ("warm", "resident", 90.0),
+            ("warm", "resident", 95.0),
+            ("warm", "ideal", 80.0),
+            ("cold", "vllm", None),
+        ]
+    ]
+    assert plot_serving.lines({"rows": rows}, "warm") == [
+        ("no loads at all, 8/s", "ideal", [(50, 80)]),
+        ("resident engine, 8/s", "resident", [(50, 90), (50, 95)]),
+    ]
+    assert plot_serving.lines({"rows": rows}, "cold") == []
+    pytest.importorskip("matplotlib")
+    plot_serving.draw({"rows": rows}, tmp_path / "serving.svg")
+    assert (tmp_path / "serving.svg").stat().st_size > 1000
 
 
 def test_the_arrival_is_drawn(tmp_path: Path) -> None:

@@ -123,6 +123,9 @@ def test_the_resident_engine_uses_every_place(tmp_path: Path) -> None:
     assert plan_of(tmp_path).to_dict()["image_bytes"] == 0
     assert plan.budget.staging_bytes == plan.budget.slots.bytes_per_slot
     assert "staging" in "\n".join(explain(plan))
+    waits = [option.wait_s for option in plan.options]
+    stock = [option.wait_s for option in plan_of(tmp_path).options]
+    assert all(wait < other for wait, other in zip(waits, stock, strict=True))
 
 
 def test_host_memory_limits_what_is_held(tmp_path: Path) -> None:

@@ -200,5 +200,12 @@ def test_the_default_cost_is_what_was_measured() -> None:
     assert slot_s + cost.disk_to_host_s(TYPICAL_NBYTES) == pytest.approx(0.205)
     assert cost.host_to_slot_s(0) == pytest.approx(0.01488)
     assert cost.disk_to_host_s(2 * TYPICAL_NBYTES) == pytest.approx(0.377)
+    resident = Setup.of_engine("resident")
+    slot_s = resident.cost.host_to_slot_s(TYPICAL_NBYTES)
+    assert slot_s == pytest.approx(0.0035)
+    assert slot_s + resident.cost.disk_to_host_s(TYPICAL_NBYTES) == pytest.approx(0.0596)
+    assert (resident.max_in_flight, Setup.of_engine("stock")) == (None, Setup())
+    with pytest.raises(ConfigError, match="choose of stock, resident"):
+        Setup.of_engine("fast")
     free = TransferCost(0, math.inf, 0, math.inf)
     assert free.disk_to_host_s(10**12) + free.host_to_slot_s(10**12) == 0
