@@ -57,6 +57,18 @@ StoreOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")]
+EngineOption = Annotated[
+    str, typer.Option(metavar="stock|resident", help="Which engine of lora_cache does the loads.")
+]
+HoldOption = Annotated[
+    str,
+    typer.Option(
+        metavar="none|S|S/token",
+        help="How long requests hold their adapter: not at all (and loads take no time), "
+        "2.5 (seconds), 0.02/token (of output).",
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of traffic that names no seed.")]
 
 
 def store_dir(given: Path | None) -> Path:

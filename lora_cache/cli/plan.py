@@ -9,7 +9,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lora_cache.cli.options import parse_numbers, parse_size
+from lora_cache.cli.options import (
+    EngineOption,
+    HoldOption,
+    SeedOption,
+    parse_numbers,
+    parse_size,
+)
 from lora_cache.cli.output import (
     counting,
     human_bytes,
@@ -77,13 +83,9 @@ def plan(
     target_wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for an adapter that are fine on average.")
     ] = 0.02,
-    hold: Annotated[
-        str, typer.Option(metavar="none|S|S/token", help="As for simulate.")
-    ] = "0.02/token",
+    hold: HoldOption = "0.02/token",
     policy: Annotated[str, typer.Option(metavar="NAME", help="As for simulate.")] = "lru",
-    engine: Annotated[
-        str, typer.Option(metavar="stock|resident", help="Which engine of lora_cache.")
-    ] = "stock",
+    engine: EngineOption = "stock",
     gpu_memory_utilization: Annotated[
         float | None,
         typer.Option(help="As for vLLM; recommended, if not given.", show_default=False),
@@ -123,7 +125,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of traffic that names no seed.")] = 0,
+    seed: SeedOption = 0,
     explained: Annotated[
         bool, typer.Option("--explain", help="Show the arithmetic, line by line.")
     ] = False,

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_cache.cli.options import parse_numbers
+from lora_cache.cli.options import (
+    EngineOption,
+    HoldOption,
+    JsonOption,
+    SeedOption,
+    parse_numbers,
+)
 from lora_cache.cli.output import (
     counting,
     human_bytes,
@@ -44,21 +50,8 @@ def simulate(
             show_default=False,
         ),
     ] = None,
-    hold: Annotated[
-        str,
-        typer.Option(
-            metavar="none|S|S/token",
-            help="How long requests hold their adapter: not at all (and loads take no time), "
-            "2.5 (seconds), 0.02/token (of output).",
-        ),
-    ] = "none",
-    engine: Annotated[
-        str,
-        typer.Option(
-            metavar="stock|resident",
-            help="Which engine of lora_cache does the loads.",
-        ),
-    ] = "stock",
+    hold: HoldOption = "none",
+    engine: EngineOption = "stock",
     adapter_bytes: Annotated[
         str, typer.Option(metavar="BYTES", help="Size of adapters, where the trace has none.")
     ] = "84MB",
@@ -69,8 +62,8 @@ def simulate(
             help="Compare with the best there can be. Reads each trace twice.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of traffic that names no seed.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects.")] = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="SVG|PNG", help="Draw misses over slots.", show_default=False),
