@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -69,6 +70,10 @@ def start_vllm(
             "dtype": "bfloat16",
             "compilation_config": {"cudagraph_capture_sizes": sizes},
         }
+    # As `vllm serve` does it: or every full collection looks through all that was imported, and
+    # everybody waits for it.
+    gc.collect()
+    gc.freeze()
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
 
