@@ -12,7 +12,8 @@ the real one, a process of its own.
 * read, 1 and N threads: the floor: the image's bytes, read into memory, and nothing else.
 
 Each into fresh memory, whose pages come one by one as they are touched, and into memory that was
-used before.  Medians over the adapters.
+used before.  What was kept also into memory that another process has used (*another's*), and into
+such that the packer was told of before (*told*).  Medians over the adapters.
 """
 
 from __future__ import annotations
@@ -80,6 +81,22 @@ class Bench:
         times[f"{what}, used"].append(ms_since(started))
         self.line.free([offset])
 
+    async def into_anothers(
+        self, times: Times, adapter: Adapter, other: mmap.mmap, *, told: bool
+    ) -> None:
+        """Into pages that are there, but that the packer has never touched."""
+        size = LAYOUT.max_nbytes(adapter.manifest.rank)
+        offset = self.arena.allocate(size)
+        for page in range(offset, offset + size, mmap.PAGESIZE):
+            other[page] = 1
+        if told:
+            await self.line.populate([offset], [size])
+        started = time.perf_counter()
+        await self.image(adapter, True, offset)
+        times["kept, told" if told else "kept, another's"].append(ms_since(started))
+        self.line.free([offset])
+        await self.line.emptied()  # and nobody has it mapped any more
+
 
 @asynccontextmanager
 async def bench(nbytes: int, images: Path | None = None) -> AsyncIterator[Bench]:
@@ -128,6 +145,10 @@ async def measure(paths: list[Path], images: Path) -> Times:
     async with bench(room, images) as packer:
         for adapter in adapters:
             await packer.timed(times, "kept", adapter, keep=True)
+        with mmap.mmap(packer.arena.fd, packer.arena.nbytes) as other:
+            for adapter in adapters:
+                await packer.into_anothers(times, adapter, other, told=False)
+                await packer.into_anothers(times, adapter, other, told=True)
         if packer.line.packed != 1:  # the one that warmed it
             raise RuntimeError("an image was not kept")
     return times

@@ -152,3 +152,43 @@ def test_room_that_is_still_in_use_is_waited_for(adapter: Adapter) -> None:
             assert arena.allocate(1) == offset
 
     run(main())
+
+
+def test_pages_are_there_before_the_image(adapter: Adapter) -> None:
+    async def main() -> None:
+        async with line() as (packing, arena):
+            nbytes = 16 << 20
+            offset = arena.allocate(nbytes)
+            await packing.populate([offset], [nbytes])  # there is no packer yet
+            await packing.start()
+            assert packing.pid is not None
+            waiting = asyncio.create_task(packing.populate([offset], [nbytes]))
+            await asyncio.sleep(0)
+            assert packing.is_using([offset])
+            await waiting
+            assert not packing.is_using([offset])
+            maps = psutil.Process(packing.pid).memory_maps()
+            assert sum(m.rss for m in maps if "lora-cache-arena" in m.path) == nbytes
+            first, _ = await pack(packing, arena, adapter())
+            assert first == here(adapter())[0]
+
+    run(main())
+
+
+def test_a_packer_that_dies_while_it_brings_in_pages(adapter: Adapter) -> None:
+    async def main() -> None:
+        async with line() as (packing, arena):
+            await packing.start()
+            assert packing.pid is not None
+            os.kill(packing.pid, signal.SIGSTOP)
+            offset = arena.allocate(1 << 20)
+            waiting = asyncio.create_task(packing.populate([offset], [1 << 20]))
+            await asyncio.sleep(0)
+            packing.free([offset])
+            assert arena.used == 1 << 20, "the packer may still write there"
+            os.kill(packing.pid, signal.SIGKILL)
+            await waiting
+            await packing.emptied()
+            assert arena.used == 0
+
+    run(main())

@@ -49,6 +49,14 @@ class Pack(msgspec.Struct, tag=True, frozen=True):
     nbytes: list[int]
 
 
+class Populate(msgspec.Struct, tag=True, frozen=True):
+    """Have the pages at these offsets ready for an image to come.  Answered by `Populated`."""
+
+    job: int
+    offsets: list[int]
+    nbytes: list[int]
+
+
 class Sizes(msgspec.Struct, tag=True, frozen=True):
     """Contents and bytes of the images, one a worker."""
 
@@ -71,6 +79,12 @@ class Packed(msgspec.Struct, tag=True, frozen=True):
     saving: bool = False
 
 
+class Populated(msgspec.Struct, tag=True, frozen=True):
+    """The pages are there, as far as there is memory."""
+
+    job: int
+
+
 class Saved(msgspec.Struct, tag=True, frozen=True):
     """The packer has no more to do with the images, whether they could be kept or not."""
 
@@ -90,8 +104,8 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
     unknown: bool
 
 
-Job = Layouts | Examine | Pack
-Answer = Sizes | Packed | Saved | Refused
+Job = Layouts | Examine | Pack | Populate
+Answer = Sizes | Packed | Populated | Saved | Refused
 
 _jobs: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)

@@ -8,6 +8,7 @@ import os
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from lora_cache.errors import CannotPackError, EngineError, InvalidAdapterError
 logger = logging.getLogger(__name__)
 
 _AGAIN = 2  # how often a job is tried whose packer dies under it
+
+
+_Asked = jobs.Examine | jobs.Pack | jobs.Populate
 
 
 class _DiedError(Exception):
@@ -111,6 +115,16 @@ class PackingLine:
         self.read += answer.read
         self.packed += len(offsets) - answer.read
 
+    async def populate(self, offsets: list[int], nbytes: list[int]) -> None:
+        """Have the packer bring in pages that an image is to come to: nobody waits for them then.
+
+        They are in use meanwhile.  Without a packer, or if it dies, they come as they are touched.
+        """
+        if self._process is None:
+            return
+        with suppress(_DiedError):
+            await self._answer_to(jobs.Populate(next(self._numbers), offsets, nbytes))
+
     def free(self, offsets: Iterable[int]) -> None:
         """Give stretches of the arena back, soon: once the packer has done with them."""
         for offset in offsets:
@@ -151,11 +165,8 @@ class PackingLine:
 
     async def _ask(self, job: jobs.Examine | jobs.Pack) -> jobs.Answer:
         for _ in range(_AGAIN):
-            answer: asyncio.Future[jobs.Answer] = asyncio.get_running_loop().create_future()
-            self._jobs[job.job] = answer
             try:
-                await self._send(job)
-                found = await asyncio.shield(answer)
+                found = await self._answer_to(job)
             except _DiedError:
                 continue
             if not isinstance(found, jobs.Refused):
@@ -165,10 +176,16 @@ class PackingLine:
             f"the packer died {_AGAIN} times over {job.wanted.directory}: is there enough memory?"
         )
 
-    async def _send(self, job: jobs.Examine | jobs.Pack) -> None:
+    async def _answer_to(self, job: _Asked) -> jobs.Answer:
+        answer: asyncio.Future[jobs.Answer] = asyncio.get_running_loop().create_future()
+        self._jobs[job.job] = answer
+        await self._send(job)
+        return await asyncio.shield(answer)
+
+    async def _send(self, job: _Asked) -> None:
         await self.start()
         assert self._process is not None
-        if isinstance(job, jobs.Pack):
+        if not isinstance(job, jobs.Examine):
             self._in_use.update(dict.fromkeys(job.offsets, job.job))
         _write(self._process, job)
 

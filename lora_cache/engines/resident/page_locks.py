@@ -9,13 +9,14 @@ pauses in between, and its pages are brought in before.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import threading
 import time
 from typing import Any
 
 import torch
+
+from lora_cache.engines.resident.pages import populate
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,6 @@ _PAUSE_S = 1e-3
 
 #: cudaHostRegister's flag for memory that every context may use.
 _PORTABLE = 1
-
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; older ones refuse, and pages come in one by one
 
 
 class PageLocks:
@@ -42,7 +41,6 @@ class PageLocks:
         self._base = base
         self._pieces: dict[int, list[tuple[int, int]]] = {}  # offset of an image → its pieces
         self._changing = threading.Lock()
-        self._libc = ctypes.CDLL(None, use_errno=True)
         self._refused = False
 
     def lock(self, offset: int, nbytes: int) -> None:
@@ -56,10 +54,7 @@ class PageLocks:
             for start in range(offset, offset + nbytes, PIECE_BYTES):
                 length = min(PIECE_BYTES, offset + nbytes - start)
                 address = self._base + start
-                # ctypes lets go of the interpreter lock, which mmap.madvise holds on to.
-                self._libc.madvise(
-                    ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE
-                )
+                populate(address, length)
                 status = int(_cudart().cudaHostRegister(address, length, _PORTABLE))
                 if status:
                     self._refuse(status)

@@ -155,6 +155,8 @@ class Rooms:
         try:
             for length in nbytes:
                 room.offsets.append(self._arena.allocate(length))
+            # By the packer, whose pages they are first: not by vLLM's processes.
+            await self._line.populate(room.offsets, nbytes)
             await self.lock(room)
             await self.leave(room, again=True)
         except ArenaFullError:

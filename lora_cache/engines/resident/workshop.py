@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -15,6 +16,7 @@ from lora_cache.engines.resident.hands import Hands, core_count
 from lora_cache.engines.resident.image_store import ImageStore
 from lora_cache.engines.resident.layout import Contents, Layout
 from lora_cache.engines.resident.making import Making
+from lora_cache.engines.resident.pages import populate
 from lora_cache.errors import CannotPackError
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Workshop:
         self._answer = answer
         self._layouts: list[Layout] = []
         self._jobs: PriorityQueue[tuple[bool, int, jobs.Examine | jobs.Pack]] = PriorityQueue()
+        self._rooms: SimpleQueue[jobs.Populate] = SimpleQueue()
         self._examined: OrderedDict[jobs.Wanted, Making] = OrderedDict()
         self._examining = threading.Lock()
         self._saves: SimpleQueue[tuple[int, str, list[_Kept]]] = SimpleQueue()
@@ -53,11 +56,14 @@ class Workshop:
         for _ in range(min(_MOST_JOBS, max(1, core_count() // 4))):
             self._start(self._work, "packs")
         self._start(self._save, "saves")
+        self._start(self._populate, "pages")
 
     def take(self, job: jobs.Job) -> None:
         """Carry out a job, soon."""
         if isinstance(job, jobs.Layouts):
             self._layouts = job.layouts
+        elif isinstance(job, jobs.Populate):
+            self._rooms.put(job)
         else:
             self._jobs.put((not job.wanted.urgent, job.job, job))
 
@@ -114,6 +120,14 @@ class Workshop:
         self._answer(jobs.Packed(job.job, seconds, read, saving=bool(keep)))
         if keep:
             self._saves.put((job.job, job.wanted.key, fresh))
+
+    def _populate(self) -> None:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._arena))
+        while True:
+            job = self._rooms.get()
+            for offset, nbytes in zip(job.offsets, job.nbytes, strict=True):
+                populate(start + offset, nbytes)
+            self._answer(jobs.Populated(job.job))
 
     def _save(self) -> None:
         while True:
