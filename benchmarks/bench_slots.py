@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -22,11 +21,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu.serving import arrivals_of, by_popularity
 from benchmarks.report import write_raw
 from lora_cache import AsyncLoraCache
 from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.bench.figures import quantile
-from lora_cache.bench.streams import poisson, zipf
 from lora_cache.planner import Transition
 from lora_cache.testing import FakeEngine, FakeSource, ManualClock
 
@@ -108,9 +107,7 @@ async def serve(rate: float, seed: int, slots: int, policy: str) -> Row:
     """Serve the arrivals of `gpu/serving.py` with so many slots."""
     clock, source = ManualClock(), FakeSource()
     engine = ModelledVllm(slots, clock)
-    popular = random.Random(seed).sample(range(ADAPTERS), ADAPTERS)
-    rng = random.Random(f"{seed} {rate} {SECONDS}")
-    arrivals = poisson(rng, rate, SECONDS, zipf(popular, 1.0))
+    arrivals, _ = arrivals_of(ADAPTERS, 1.0, seed, rate, SECONDS)
     refs = [source.ref(f"adapter-{number}") for number in range(ADAPTERS)]
     first: list[float] = []
     async with AsyncLoraCache(
@@ -125,7 +122,7 @@ async def serve(rate: float, seed: int, slots: int, policy: str) -> Row:
             async for _ in cache.generate(None, None, refs[adapter]):
                 first.append(clock.now() - due)
 
-        last_comes_first = [refs[adapter] for adapter in reversed(popular)]
+        last_comes_first = [refs[adapter] for adapter in reversed(by_popularity(ADAPTERS, seed))]
         await pass_until(asyncio.ensure_future(cache.prefetch(last_comes_first, tier="host")))
         began, tasks = clock.now(), []
         for at, adapter in arrivals:

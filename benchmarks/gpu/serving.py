@@ -54,15 +54,22 @@ SCENARIOS: dict[str, Row] = {
 _SHOWN = ("ttft_p50_ms", "ttft_p99_ms", "gap_p50_ms", "gap_p999_ms", "requests_per_s")
 
 
-def by_popularity(options: argparse.Namespace, seed: int) -> list[int]:
+def by_popularity(adapters: int, seed: int) -> list[int]:
     """The adapters, the most popular one first."""
-    return random.Random(seed).sample(range(options.adapters), options.adapters)
+    return random.Random(seed).sample(range(adapters), adapters)
+
+
+def arrivals_of(
+    adapters: int, skew: float, seed: int, rate: float, s: float
+) -> tuple[list[tuple[float, int]], random.Random]:
+    """(seconds, adapter) of what arrives within `s` seconds, and what prompts are drawn from."""
+    rng = random.Random(f"{seed} {rate} {s}")
+    return poisson(rng, rate, s, zipf(by_popularity(adapters, seed), skew)), rng
 
 
 async def row(server: Server, options: argparse.Namespace, seed: int, rate: float, s: float) -> Row:
     """Serve `s` seconds of arrivals."""
-    rng = random.Random(f"{seed} {rate} {s}")
-    arrivals = poisson(rng, rate, s, zipf(by_popularity(options, seed), options.zipf))
+    arrivals, rng = arrivals_of(options.adapters, options.zipf, seed, rate, s)
     prompts = [rig.prompt(rng, options.prompt, options.tiny) for _ in arrivals]
     params = [sampling(options.tokens)] * len(arrivals)
     answers, seconds = await replay(server, arrivals, prompts, params)
@@ -73,7 +80,7 @@ async def serve(
     server: Server, options: argparse.Namespace, seed: int, rate: float, record: rig.Record
 ) -> None:
     """The cold row, then the warm one."""
-    popular = by_popularity(options, seed)[: options.host]
+    popular = by_popularity(options.adapters, seed)[: options.host]
     for kind, seconds in (("cold", options.cold), ("warm", options.warm)):
         if not seconds or (server.name in ("ideal", "free") and kind == "cold"):
             continue
