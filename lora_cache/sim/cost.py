@@ -40,8 +40,9 @@ class TransferCost:
 
 #: The resident engine, measured in the same way (``benchmarks/results/arrivals_h100.json``): 3.5 ms
 #: from host memory, of which 1.76 are the copy and the scatter; 59.6 ms from disk for an adapter
-#: that was never seen, of which 51.3 go to digest and packing.  One whose packed image is still on
-#: disk comes in 20: that is not reckoned, so what is reckoned is the most.
+#: that was never seen, of which 51.3 go to digest and packing.  Not reckoned: one whose packed
+#: image is still on disk comes in 20, and several that are packed at once share the packer's
+#: threads.
 RESIDENT = TransferCost(
     disk_fixed_s=0.0596 - 0.0035 - 0.0513,
     disk_bytes_per_s=TYPICAL_NBYTES / 0.0513,
