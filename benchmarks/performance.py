@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.gpu.slo import highest
 from benchmarks.plot_arrival import FROM, PARTS, PICTURE, parts_of
-from benchmarks.plot_serving import NAMES
+from lora_cache.bench.report import NAMES
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"

@@ -8,11 +8,11 @@ request to its first token; plain vLLM beside the resident engine.  Medians of t
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import draw_as_asked
+from lora_cache.bench.report import NAMES
 from lora_cache.sim.plots import figures, save
 
 ROOT = Path(__file__).parents[1]
@@ -42,14 +42,14 @@ FROM = {
     "host memory": "in host memory",
     "slot": "in a slot",
 }
-SERVERS = {"vllm": "vLLM", "stock": "stock engine", "resident": "resident engine"}
+SERVERS = ("vllm", "stock", "resident")
 
 
 def bars(raw: Row) -> list[tuple[str, dict[str, float]]]:
     """A label and the parts, in milliseconds, of each arrival."""
     rows = [row for row in raw["rows"] if row["table"] == "idle"]
-    rows.sort(key=lambda row: (list(FROM).index(row["from"]), list(SERVERS).index(row["server"])))
-    return [(f"{FROM[row['from']]}: {SERVERS[row['server']]}", parts_of(row)) for row in rows]
+    rows.sort(key=lambda row: (list(FROM).index(row["from"]), SERVERS.index(row["server"])))
+    return [(f"{FROM[row['from']]}: {NAMES[row['server']]}", parts_of(row)) for row in rows]
 
 
 def parts_of(row: Row) -> dict[str, float]:
@@ -92,12 +92,5 @@ def _legend(figure: Any, used: set[str]) -> None:
     figure.legend(handles=patches, loc="outside upper left", ncols=6, frameon=False, fontsize=8.5)
 
 
-def main(arguments: list[str]) -> int:
-    raw, picture = [*map(Path, arguments), *(RAW, PICTURE)[len(arguments) :]]
-    draw(json.loads(raw.read_text()), picture)
-    print(picture)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    draw_as_asked(draw, RAW, PICTURE)

@@ -8,21 +8,20 @@ warm ones, on one logarithmic axis.  Seeds of the same row lie above each other.
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plot_arrival import ROOT, SERVERS
+from benchmarks.report import draw_as_asked
+from lora_cache.bench.report import NAMES
 from lora_cache.sim.plots import figures, save
 
+ROOT = Path(__file__).parents[1]
 RAW = ROOT / "benchmarks" / "results" / "serving_h100.json"
 PICTURE = ROOT / "docs" / "serving.svg"
 
 Row = dict[str, Any]
 
 #: What is compared, the best there can be first; and its colour: Okabe and Ito's.
-NAMES = {"ideal": "no loads at all", "free": "slots, loads for nothing"} | SERVERS
 ORDER = {
     "ideal": "#7F7F7F",
     "free": "#B8C0C8",
@@ -81,12 +80,5 @@ def draw(raw: Row, path: Path) -> None:
         save(figure, path)
 
 
-def main(arguments: list[str]) -> int:
-    raw, picture = [*map(Path, arguments), *(RAW, PICTURE)[len(arguments) :]]
-    draw(json.loads(raw.read_text()), picture)
-    print(picture)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    draw_as_asked(draw, RAW, PICTURE)

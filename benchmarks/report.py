@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its table: the raw figures, and what they were made with."""
+"""Raw figures: written beside a table with what they were made with, and read to be drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,3 +29,11 @@ def write_raw(path: Path, script: str, packages: tuple[str, ...], **figures: Any
         **figures,
     }
     path.write_text(json.dumps(raw, indent=1) + "\n")
+
+
+def draw_as_asked(draw: Callable[[Any, Path], None], raw: Path, picture: Path) -> None:
+    """Draw a raw file, those two or what the command line names instead."""
+    given = [Path(argument) for argument in sys.argv[1:]]
+    raw, picture = [*given, *(raw, picture)[len(given) :]]
+    draw(json.loads(raw.read_text()), picture)
+    print(picture)

@@ -19,6 +19,7 @@ COLUMNS = {
 }
 NAMES = {
     "ideal": "no loads at all",
+    "free": "slots, loads for nothing",
     "vllm": "vLLM",
     "stock": "stock engine",
     "resident": "resident engine",
