@@ -77,9 +77,9 @@ def _longest_tenth(prompts: Counter[int]) -> int:
     Args:
         prompts: how many have so many tokens.
     """
-    seen = 0
+    seen, enough = 0, prompts.total() / 10
     for tokens in sorted(prompts, reverse=True):
         seen += prompts[tokens]
-        if 10 * seen >= prompts.total():
+        if seen >= enough:
             return tokens
     return 0

@@ -22,11 +22,11 @@ _GRAPH_TOKENS = 512
 def warnings_of(plan: Plan) -> Iterator[str]:
     """One sentence each, what matters most first."""
     yield from _fit(plan)
+    yield from _graphs(plan)
     yield from _estimates(plan)
     yield from _padding(plan)
     yield from _modules(plan)
     yield from _tiers(plan)
-    yield from _graphs(plan)
 
 
 def _fit(plan: Plan) -> Iterator[str]:
@@ -145,7 +145,7 @@ def _graphs(plan: Plan) -> Iterator[str]:
         yield (
             f"one prompt in ten has {plan.traffic.long_prompt:,} tokens or more, and vLLM captures "
             f"CUDA graphs for steps of up to {captured}: longer ones are launched kernel by "
-            "kernel, which with adapters took 131 ms instead of 28 on an H100; have it capture "
+            "kernel, which made first tokens take three times as long on an H100; have it capture "
             "more with --compilation-config and cudagraph_capture_sizes (docs/performance.md)"
         )
 
