@@ -30,6 +30,7 @@ BESIDE = {
     "packed": "packed on disk",
     "host": "in host memory",
     "slot": "in a slot: nothing to load",
+    "busy": "in use by those that decode",
 }
 
 
