@@ -105,7 +105,8 @@ def serving(raw: Row) -> str:
         ],
     )
     heads = ["resident engine", "against", "first token p99", "gap p99.9", "requests/s"]
-    compared = [*_compared(rows, "warm", "ideal"), *_compared(rows, "cold", "vllm")]
+    pairs = (("warm", "ideal"), ("warm", "free"), ("warm", "vllm"), ("cold", "vllm"))
+    compared = [line for kind, other in pairs for line in _compared(rows, kind, other)]
     return f"{found}\n\n{table(heads, compared)}" if compared else found
 
 
@@ -150,6 +151,7 @@ TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "arrivals": ("arrivals_h100.json", arrivals),
     "beside": ("arrivals_h100.json", beside),
     "serving": ("serving_h100.json", serving),
+    "serving-seed-1": ("serving_seed1_h100.json", serving),
     "serving-small-graphs": ("serving_small_graphs_h100.json", serving),
     "serving-8-slots": ("serving_8_slots_h100.json", serving),
     "serving-thousand": ("serving_thousand_h100.json", serving),
