@@ -1,36 +1,43 @@
 """How long do requests wait for a slot?  The real planner over a modelled vLLM, in its own time.
 
     python -m benchmarks.bench_slots [--json FILE]
+    python -m benchmarks.bench_slots --workload promise [--drain-after 1,5] [--json FILE]
 
-The arrivals are those of `gpu/serving.py`, warm rows, request by request.  A step takes `BASE_S`,
-`ADAPTER_S` for each adapter in the batch, and `PROMPT_S` for each prompt of 512 tokens in it; the
-three are fitted to the gaps between tokens that `results/serving_h100.json` has (H100, shapes of
-Llama-3.1-8B, CUDA graphs for all steps).  A load takes `LOAD_S`, and then until the step under way
-ends.  So the model knows nothing but slots and steps: what it says of waiting is the slots' doing.
+The arrivals are those of `gpu/serving.py`, warm rows, request by request, or with the lengths and
+ranks of `gpu/slo.py` (`--workload promise`).  A step takes `BASE_S`, so much for each adapter in
+the batch, and `PROMPT_S` for each prompt of 512 tokens in it; these are fitted to the gaps between
+tokens that `results/serving_h100.json` has (and `results/slo_h100.json`: adapters of higher ranks
+take longer; H100, shapes of Llama-3.1-8B, CUDA graphs for all steps).  A load takes `LOAD_S`, and
+then until the step under way ends.  So the model knows nothing but slots and steps: what it says of
+waiting is the slots' doing.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu import slo
 from benchmarks.gpu.serving import arrivals_of, by_popularity
 from benchmarks.report import write_raw
 from lora_cache import AsyncLoraCache
 from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.bench.figures import quantile
+from lora_cache.bench.streams import poisson
+from lora_cache.config import CacheConfig
 from lora_cache.planner import Transition
 from lora_cache.testing import FakeEngine, FakeSource, ManualClock
 
-BASE_S, ADAPTER_S, PROMPT_S, LOAD_S = 0.0055, 0.00065, 0.018, 0.002
-ADAPTERS, TOKENS, SECONDS = 200, 64, 60.0
+BASE_S, PROMPT_S, LOAD_S = 0.0055, 0.018 / 512, 0.002
 
 _BETWEEN_STEPS_S = 0.0003  # who comes now is in the next one
 _TICK_S = 0.05
@@ -38,10 +45,57 @@ _TICK_S = 0.05
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One request: `at` seconds after the start, lengths in tokens."""
+
+    at: float
+    adapter: int
+    prompt: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of how many adapters, and what one of them costs a step.
+
+    Attributes:
+        asked: of a rate (requests a second), seconds and a seed, the requests and the adapters in
+            order of popularity, the most popular one first.
+    """
+
+    adapters: int
+    adapter_s: float
+    asked: Callable[[float, float, int], tuple[list[Asked], list[int]]]
+
+
+def _serving(rate: float, seconds: float, seed: int) -> tuple[list[Asked], list[int]]:
+    arrivals, _ = arrivals_of(200, 1.0, seed, rate, seconds)
+    return [Asked(at, adapter, 512, 64) for at, adapter in arrivals], by_popularity(200, seed)
+
+
+def _promise(rate: float, seconds: float, seed: int) -> tuple[list[Asked], list[int]]:
+    options = slo.parse([])
+    weights = slo.popularity(slo.ranks_of(options), options.skew, 0)
+    rng, lengths = random.Random(f"{seed} {rate} {seconds}"), slo.lengths()
+    asked = []
+    for at, adapter in poisson(rng, rate, seconds, weights):
+        prompt, answer = rng.choice(lengths)
+        cut = min(prompt, options.longest_prompt), min(answer, options.longest_answer)
+        asked.append(Asked(at, adapter, *cut))
+    return asked, sorted(range(len(weights)), key=lambda adapter: -weights[adapter])
+
+
+WORKLOADS = {
+    "serving": Workload(200, 0.00065, _serving),
+    "promise": Workload(100, 0.0014, _promise),
+}
+
+
 class _Request:
-    def __init__(self, key: AdapterKey | None) -> None:
+    def __init__(self, key: AdapterKey | None, asked: Asked) -> None:
         loop = asyncio.get_running_loop()
-        self.key, self.left = key, TOKENS
+        self.key, self.asked, self.left = key, asked, asked.answer
         self.first: asyncio.Future[None] = loop.create_future()
         self.last: asyncio.Future[None] = loop.create_future()
 
@@ -49,9 +103,9 @@ class _Request:
 class ModelledVllm(FakeEngine):
     """Steps one after the other, whose lengths depend on what is in them."""
 
-    def __init__(self, slots: int, clock: ManualClock) -> None:
-        super().__init__(slots, ADAPTERS + slots, clock=clock)
-        self.clock = clock
+    def __init__(self, slots: int, workload: Workload, clock: ManualClock) -> None:
+        super().__init__(slots, workload.adapters + slots, clock=clock)
+        self.clock, self.adapter_s = clock, workload.adapter_s
         self.new: list[_Request] = []
         self.running: list[_Request] = []
         self.is_stepping = False
@@ -69,7 +123,7 @@ class ModelledVllm(FakeEngine):
     async def generate(
         self, prompt: Any, params: Any, *, request_id: str, key: AdapterKey | None, **options: Any
     ) -> AsyncGenerator[Any, None]:
-        request = _Request(key)
+        request = _Request(key, prompt)
         self.new.append(request)
         if not self.is_stepping:
             self._step()
@@ -86,7 +140,8 @@ class ModelledVllm(FakeEngine):
         adapters = len({request.key for request in self.running})
         self.steps += 1
         self.full += adapters == self.capabilities.slots
-        took = BASE_S + ADAPTER_S * adapters + PROMPT_S * len(prompts)
+        read = sum(request.asked.prompt for request in prompts)
+        took = BASE_S + self.adapter_s * adapters + PROMPT_S * read
         self.clock.call_at(self.clock.now() + took, self._end_step)
 
     def _end_step(self) -> None:
@@ -95,7 +150,7 @@ class ModelledVllm(FakeEngine):
         self.step_ends = []
         for request in self.running:
             request.left -= 1
-            if request.left == TOKENS - 1:
+            if not request.first.done():
                 request.first.set_result(None)
             if not request.left:
                 request.last.set_result(None)
@@ -103,70 +158,98 @@ class ModelledVllm(FakeEngine):
         self.clock.call_at(self.clock.now() + _BETWEEN_STEPS_S, self._step)
 
 
-async def serve(rate: float, seed: int, slots: int, policy: str) -> Row:
-    """Serve the arrivals of `gpu/serving.py` with so many slots."""
+async def serve(
+    workload: Workload, rate: float, seconds: float, seed: int, slots: int, **settings: Any
+) -> Row:
+    """Serve the arrivals with so many slots, everything being in host memory.
+
+    Args:
+        settings: of the cache, such as its policy.
+    """
     clock, source = ManualClock(), FakeSource()
-    engine = ModelledVllm(slots, clock)
-    arrivals, _ = arrivals_of(ADAPTERS, 1.0, seed, rate, SECONDS)
-    refs = [source.ref(f"adapter-{number}") for number in range(ADAPTERS)]
+    engine = ModelledVllm(slots, workload, clock)
+    requests, popular = workload.asked(rate, seconds, seed)
+    refs = [source.ref(f"adapter-{number}") for number in range(workload.adapters)]
     first: list[float] = []
     async with AsyncLoraCache(
-        engine, sources={"fake": source}, clock=clock, policy=policy, publish=False
+        engine, sources={"fake": source}, clock=clock, publish=False, **settings
     ) as cache:
 
         async def pass_until(task: asyncio.Future[Any]) -> None:
             while not task.done():
                 await clock.advance(_TICK_S)
 
-        async def ask(due: float, adapter: int) -> None:
-            async for _ in cache.generate(None, None, refs[adapter]):
+        async def ask(asked: Asked) -> None:
+            due = began + asked.at
+            async for _ in cache.generate(asked, None, refs[asked.adapter]):
                 first.append(clock.now() - due)
 
-        last_comes_first = [refs[adapter] for adapter in reversed(by_popularity(ADAPTERS, seed))]
+        last_comes_first = [refs[adapter] for adapter in reversed(popular)]
         await pass_until(asyncio.ensure_future(cache.prefetch(last_comes_first, tier="host")))
         began, tasks = clock.now(), []
-        for at, adapter in arrivals:
-            await clock.advance(max(0.0, began + at - clock.now()))
-            tasks.append(asyncio.ensure_future(ask(began + at, adapter)))
+        for asked in requests:
+            await clock.advance(max(0.0, began + asked.at - clock.now()))
+            tasks.append(asyncio.ensure_future(ask(asked)))
         await pass_until(asyncio.gather(*tasks))
-        drains = cache.stats().drains
+        took, drains = clock.now() - began, cache.stats().drains
     return {
         "rate": rate,
         "seed": seed,
         "slots": slots,
+        **settings,
         "ttft_p50_ms": round(quantile(first, 0.5) * 1e3, 1),
         "ttft_p99_ms": round(quantile(first, 0.99) * 1e3, 1),
+        "requests_per_s": round(len(first) / took, 2),
         "all_slots_busy": round(engine.full / engine.steps, 4),
         "drains": drains,
     }
 
 
+def table(rows: Sequence[Row]) -> Table:
+    """A line for each rate, seed and patience, a column for each number of slots."""
+    found = Table(title="first token p50 / p99, ms (share of steps in which all slots are in use)")
+    slots = list(dict.fromkeys(row["slots"] for row in rows))
+    for name in ("rate", "drain after, s", "seed", *(f"{number} slots" for number in slots)):
+        found.add_column(name, justify="right")
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        head = f"{row['rate']:g}", f"{row['drain_after_s']:g}", str(row["seed"])
+        times = f"{row['ttft_p50_ms']:.0f} / {row['ttft_p99_ms']:.0f}"
+        lines.setdefault(head, []).append(f"{times} ({row['all_slots_busy']:.1%})")
+    for head, shown in lines.items():
+        found.add_row(*head, *shown)
+    return found
+
+
 def main() -> int:
+    def numbers(kind: type[int] | type[float]) -> Any:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    patience = CacheConfig.model_fields["drain_after_s"].default
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--slots", default="24,32,40,48")
-    parser.add_argument("--rates", default="8,16")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--workload", choices=WORKLOADS, default="serving")
+    parser.add_argument("--slots", type=numbers(int), default="24,32,40,48,200")
+    parser.add_argument("--rates", type=numbers(float), default="8,16")
+    parser.add_argument("--seeds", type=numbers(int), default="0,1,2")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals")
     parser.add_argument("--policy", default="auto")
+    parser.add_argument("--drain-after", type=numbers(float), default=[patience], help="seconds")
     parser.add_argument("--json", type=Path, help="also write the raw figures here")
     options = parser.parse_args()
 
-    slots = [int(number) for number in options.slots.split(",")]
-    table = Table(title="first token p99, ms (share of steps in which all slots are in use)")
-    for name in ("rate", "seed", "a slot for each", *(f"{n} slots" for n in slots)):
-        table.add_column(name, justify="right")
-    rows = []
-    for rate in map(float, options.rates.split(",")):
-        for seed in map(int, options.seeds.split(",")):
-            found = [
-                asyncio.run(serve(rate, seed, number, options.policy))
-                for number in (ADAPTERS, *slots)
-            ]
-            rows += found
-            shown = [f"{row['ttft_p99_ms']:.0f} ({row['all_slots_busy']:.1%})" for row in found]
-            table.add_row(f"{rate:g}", str(seed), *shown)
-    Console().print(table)
+    workload = WORKLOADS[options.workload]
+    settings = [{"policy": options.policy, "drain_after_s": s} for s in options.drain_after]
+    rows = [
+        asyncio.run(serve(workload, rate, options.seconds, seed, slots, **how))
+        for rate in options.rates
+        for how in settings
+        for seed in options.seeds
+        for slots in options.slots
+    ]
+    Console().print(table(rows))
     if options.json:
-        model = {"base_s": BASE_S, "adapter_s": ADAPTER_S, "prompt_s": PROMPT_S, "load_s": LOAD_S}
+        costs = {"base_s": BASE_S, "adapter_s": workload.adapter_s, "prompt_token_s": PROMPT_S}
+        model = costs | {"load_s": LOAD_S, "workload": options.workload}
         write_raw(options.json, "benchmarks.bench_slots", (), model=model, rows=rows)
     return 0
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from lora_cache.errors import ConfigError
 from lora_cache.memory.pressure import GPU_MARKS, HOST_MARKS, Marks
+from lora_cache.planner import DRAIN_AFTER_S
 from lora_cache.policies import PolicyLike
 
 
@@ -64,6 +65,7 @@ class CacheConfig(BaseModel):
             was not.  The engine's own numbers are what counts.
         lease_timeout_s: how long a lease waits for a slot, if the caller does not say.
         drain_after_s: when the oldest waiter has waited this long, a victim takes no new leases.
+            About as long as an answer takes; less makes more requests wait.
         retry_s, retry_max_s: a failed adapter fails fast for `retry_s` seconds, twice as long
             after each further failure, up to `retry_max_s`.
         check_weights: read every weight of a new adapter once, and refuse NaN and infinity.
@@ -90,7 +92,7 @@ class CacheConfig(BaseModel):
     max_loras: int | None = Field(default=None, ge=1)
     max_cpu_loras: int | None = Field(default=None, ge=1)
     lease_timeout_s: float | None = Field(default=None, gt=0)
-    drain_after_s: float = Field(default=1.0, ge=0)
+    drain_after_s: float = Field(default=DRAIN_AFTER_S, ge=0)
     retry_s: float = Field(default=1.0, ge=0)
     retry_max_s: float = Field(default=60.0, ge=0)
     check_weights: bool = False

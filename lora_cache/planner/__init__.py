@@ -1,6 +1,7 @@
 """The pure planner: which adapter is where, who waits, who goes."""
 
 from lora_cache.planner.actions import (
+    DRAIN_AFTER_S,
     Action,
     Choice,
     Counters,
@@ -16,6 +17,7 @@ from lora_cache.planner.actions import (
 from lora_cache.planner.planner import Planner
 
 __all__ = [
+    "DRAIN_AFTER_S",
     "Action",
     "Choice",
     "Counters",

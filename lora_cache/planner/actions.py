@@ -137,6 +137,12 @@ class Holdings:
     host: frozenset[AdapterKey] = frozenset()
 
 
+#: A default for `Limits.drain_after_s`: about as long as an answer takes.  Until then slots fall
+#: free by themselves; to refuse new leases sooner makes many wait, and the one who waits is not
+#: served sooner by it (`benchmarks/README.md` has figures).
+DRAIN_AFTER_S = 5.0
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How much there is to plan with.
@@ -160,7 +166,7 @@ class Limits:
     host_bytes: int | None = None
     stages_without_slot: bool = True
     max_in_flight: int | None = None
-    drain_after_s: float = 1.0
+    drain_after_s: float = DRAIN_AFTER_S
     retry_s: float = 1.0
     retry_max_s: float = 60.0
     shrink_every_s: float = 10.0

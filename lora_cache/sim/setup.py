@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_cache.errors import ConfigError
 from lora_cache.key import AdapterKey
-from lora_cache.planner import Limits
+from lora_cache.planner import DRAIN_AFTER_S, Limits
 from lora_cache.policies import Policy, PolicyLike, RemovalReason, make_policy, policy_names
 from lora_cache.sim.belady import Belady, Future
 from lora_cache.sim.cost import RESIDENT, TYPICAL_NBYTES, TransferCost
@@ -48,7 +48,7 @@ class Setup:
     nbytes: int = TYPICAL_NBYTES
     cost: TransferCost = field(default_factory=TransferCost)
     max_in_flight: int | None = 1
-    drain_after_s: float = 1.0
+    drain_after_s: float = DRAIN_AFTER_S
     belady: bool = True
 
     @classmethod

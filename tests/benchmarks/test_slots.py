@@ -8,10 +8,13 @@ import pytest
 
 from benchmarks import bench_slots
 
+SERVING, PROMISE = bench_slots.WORKLOADS["serving"], bench_slots.WORKLOADS["promise"]
 
-def test_who_finds_all_slots_in_use_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_slots, "SECONDS", 8.0)
-    few, many = (asyncio.run(bench_slots.serve(16, 0, slots, "lru")) for slots in (8, 200))
+
+def test_who_finds_all_slots_in_use_waits() -> None:
+    few, many = (
+        asyncio.run(bench_slots.serve(SERVING, 16, 8, 0, slots, policy="lru")) for slots in (8, 200)
+    )
     assert few["all_slots_busy"] > 0.5
     assert many["all_slots_busy"] == 0
     assert few["ttft_p99_ms"] > 5 * many["ttft_p99_ms"]
@@ -19,7 +22,13 @@ def test_who_finds_all_slots_in_use_waits(monkeypatch: pytest.MonkeyPatch) -> No
     assert 25 < many["ttft_p50_ms"] < 90
 
 
-def test_the_model_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_slots, "SECONDS", 3.0)
-    once, again = (asyncio.run(bench_slots.serve(16, 1, 16, "auto")) for _ in range(2))
+@pytest.mark.parametrize("workload", [SERVING, PROMISE])
+def test_the_model_is_exact(workload: bench_slots.Workload) -> None:
+    once, again = (asyncio.run(bench_slots.serve(workload, 16, 3, 1, 16)) for _ in range(2))
     assert once == again
+
+
+def test_longer_answers_need_more_slots() -> None:
+    few, many = (asyncio.run(bench_slots.serve(PROMISE, 4, 20, 1, slots)) for slots in (8, 32))
+    assert few["all_slots_busy"] > 0.3
+    assert few["ttft_p99_ms"] > 3000 > 1000 > many["ttft_p99_ms"]

@@ -202,8 +202,8 @@ def test_the_default_cost_is_what_was_measured() -> None:
     assert cost.disk_to_host_s(2 * TYPICAL_NBYTES) == pytest.approx(0.377)
     resident = Setup.of_engine("resident")
     slot_s = resident.cost.host_to_slot_s(TYPICAL_NBYTES)
-    assert slot_s == pytest.approx(0.0035)
-    assert slot_s + resident.cost.disk_to_host_s(TYPICAL_NBYTES) == pytest.approx(0.0596)
+    assert slot_s == pytest.approx(0.0033)
+    assert slot_s + resident.cost.disk_to_host_s(TYPICAL_NBYTES) == pytest.approx(0.0442)
     assert (resident.max_in_flight, Setup.of_engine("stock")) == (None, Setup())
     with pytest.raises(ConfigError, match="choose of stock, resident"):
         Setup.of_engine("fast")
