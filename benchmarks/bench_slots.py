@@ -3,13 +3,13 @@
     python -m benchmarks.bench_slots [--json FILE]
     python -m benchmarks.bench_slots --workload promise [--drain-after 1,5] [--json FILE]
 
-The arrivals are those of `gpu/serving.py`, warm rows, request by request, or with the lengths and
-ranks of `gpu/slo.py` (`--workload promise`).  A step takes `BASE_S`, so much for each adapter in
-the batch, and `PROMPT_S` for each prompt of 512 tokens in it; these are fitted to the gaps between
-tokens that `results/serving_h100.json` has (and `results/slo_h100.json`: adapters of higher ranks
-take longer; H100, shapes of Llama-3.1-8B, CUDA graphs for all steps).  A load takes `LOAD_S`, and
-then until the step under way ends.  So the model knows nothing but slots and steps: what it says of
-waiting is the slots' doing.
+The arrivals are those of `gpu/serving.py`, warm rows, request by request, of 200 or a thousand
+adapters, or the lengths and ranks are those of `gpu/slo.py` (`--workload promise`).  A step takes
+`BASE_S`, so much for each adapter in the batch, and `PROMPT_S` for each prompt token in it; these
+are fitted to the gaps between tokens that `results/serving_h100.json` has (and
+`results/slo_h100.json`: adapters of higher ranks take longer; H100, shapes of Llama-3.1-8B, CUDA
+graphs for all steps).  A load takes `LOAD_S`, and then until the step under way ends.  So the model
+knows nothing but slots and steps: what it says of waiting is the slots' doing.
 """
 
 from __future__ import annotations
@@ -69,9 +69,13 @@ class Workload:
     asked: Callable[[float, float, int], tuple[list[Asked], list[int]]]
 
 
-def _serving(rate: float, seconds: float, seed: int) -> tuple[list[Asked], list[int]]:
-    arrivals, _ = arrivals_of(200, 1.0, seed, rate, seconds)
-    return [Asked(at, adapter, 512, 64) for at, adapter in arrivals], by_popularity(200, seed)
+def _serving(adapters: int) -> Workload:
+    def asked(rate: float, seconds: float, seed: int) -> tuple[list[Asked], list[int]]:
+        arrivals, _ = arrivals_of(adapters, 1.0, seed, rate, seconds)
+        found = [Asked(at, adapter, 512, 64) for at, adapter in arrivals]
+        return found, by_popularity(adapters, seed)
+
+    return Workload(adapters, 0.00065, asked)
 
 
 def _promise(rate: float, seconds: float, seed: int) -> tuple[list[Asked], list[int]]:
@@ -87,7 +91,8 @@ def _promise(rate: float, seconds: float, seed: int) -> tuple[list[Asked], list[
 
 
 WORKLOADS = {
-    "serving": Workload(200, 0.00065, _serving),
+    "serving": _serving(200),
+    "thousand": _serving(1000),
     "promise": Workload(100, 0.0014, _promise),
 }
 
