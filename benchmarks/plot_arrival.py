@@ -30,6 +30,7 @@ PARTS = {
     "waited": ("wait for steps", "#F0E442"),
     "copied": ("copy", "#009E73"),
     "scattered": ("scatter", "#5B4B8A"),
+    "told": ("messages", "#A6761D"),
     "published": ("command and publish", "#D55E00"),
     "load": ("vLLM's load", "#7F7F7F"),
     "rest": ("decide", "#B8C0C8"),

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import rig
+from benchmarks.gpu.parts import Parts
 from lora_cache.bench.figures import spread
 from lora_cache.bench.servers import Managed, Plain, Row
 from lora_cache.bench.streams import Answer, ask, longest_gap
@@ -35,28 +36,6 @@ from lora_cache.bench.ways import ManagedWay, PlainWay
 BUSY = 8  # adapters of the requests that decode
 _WINDOW_S = 0.4  # after an arrival
 _REST_S = 0.1  # what the last arrival set in motion ends: the engine is idle
-
-
-class Parts:
-    """Where the time of loads went, as the engine says.
-
-    `published` is what is left of a command to the workers: its way there, and until a step lets
-    the slot change hands.
-    """
-
-    NAMES = ("examined", "packed", "locked", "waited", "copied", "scattered", "published")
-
-    def __init__(self, engine: Any) -> None:
-        self.times = engine.load_times
-
-    def take(self) -> Row:
-        found = {name: [getattr(t, name) for t in self.times] for name in self.NAMES[:-1]}
-        on_device = zip(found["waited"], found["copied"], found["scattered"], strict=True)
-        found["published"] = [
-            times.commanded - sum(parts) for times, parts in zip(self.times, on_device, strict=True)
-        ]
-        self.times.clear()
-        return {name: spread(seconds) for name, seconds in found.items()}
 
 
 class Bench:
@@ -71,14 +50,13 @@ class Bench:
         words = rig.prompt(self.rng, 64, self.options.tiny)
         return await ask(server, answer, words, sampling(tokens))
 
-    async def idle(self, way: Any, parts: Parts | None) -> None:
+    async def idle(self, way: Any, parts: Parts) -> None:
         """Arrivals at an idle engine."""
         number = self.options.arrivals
         adapters = [next(self.fresh) for _ in range(number)]
 
         async def times(kind: str) -> None:
-            if parts:
-                parts.times.clear()
+            parts.clear()
             found: dict[str, list[float]] = {"": [], "resolved": [], "first_token": []}
             for adapter in adapters:
                 await asyncio.sleep(_REST_S)
@@ -92,7 +70,7 @@ class Bench:
                 found["first_token"].append(answer.first_token_s)
             row: Row = {"table": "idle", "server": way.server.name, "from": kind}
             row |= spread(found.pop("")) | {name: spread(took) for name, took in found.items()}
-            self.note(row | ({"parts": parts.take()} if parts and parts.times else {}))
+            self.note(row | parts.take())
 
         await times("disk")
         if await way.pack(adapters):
@@ -209,7 +187,7 @@ async def measure(options: argparse.Namespace, bench: Bench, model: Path) -> Non
             else:
                 way = ManagedWay(Managed(engine, bench.paths, name, policy="lru"))
                 await way.server.empty()
-            parts = Parts(way.server.cache._engine) if name == "resident" else None
+            parts = Parts.of(way.server)
             await asyncio.gather(
                 *(bench.ask(way.server, i % BUSY, 16) for i in range(options.decoding))
             )

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import rig
+from benchmarks.gpu.parts import Parts
 from lora_cache.bench import servers
 from lora_cache.bench.figures import summary
 from lora_cache.bench.free import FreeLoads
@@ -89,9 +90,11 @@ async def serve(
             continue
         await (server.empty() if kind == "cold" else server.fill(popular[::-1]))
         began = time.perf_counter()
+        parts = Parts.of(server)
+        parts.clear()
         found: Row = {"server": server.name, "seed": seed, "rate": rate, "row": kind}
         found |= await row(server, options, seed, rate, seconds)
-        found |= server.report()
+        found |= server.report() | parts.take()
         record.add(found | {"seconds": round(time.perf_counter() - began, 1)})
 
 

@@ -30,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import rig
+from benchmarks.gpu.parts import Parts
 from lora_cache.bench import servers
 from lora_cache.bench.figures import summary
+from lora_cache.bench.free import FreeLoads
 from lora_cache.bench.servers import Row, Server
 from lora_cache.bench.streams import poisson, replay, zipf
 from lora_cache.bench.vllm import sampling
@@ -114,7 +116,8 @@ class Bench:
                 return
             began = time.perf_counter()
             await server.fill(popular)
-            filled = time.perf_counter()
+            filled, parts = time.perf_counter(), Parts.of(server)
+            parts.clear()
             row = await self.serve(server, rate, options.seconds, options.drain)
             if self.promise_ms is None and server.name == "ideal":
                 if row["ttft_mean_ms"] is None:
@@ -125,6 +128,7 @@ class Bench:
                 {"server": server.name, "rate": rate}
                 | row
                 | server.report()
+                | parts.take()
                 | {"promise_ms": self.promise_ms, "kept": kept}
                 | {"fill_s": round(filled - began, 1)}
                 | {"seconds": round(time.perf_counter() - filled, 1)}
@@ -187,6 +191,7 @@ async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -
     # All adapters are in host memory: packed images on disk would only take the disk's time.
     every: dict[str, Any] = {
         "ideal": servers.Ideal(engine, paths, options.slots),
+        "free": FreeLoads(engine, paths, options.slots, max(ranks)),
         "vllm": servers.Plain(engine, paths),
         "stock": servers.Managed(engine, paths, "stock"),
         "resident": servers.Managed(engine, paths, "resident", image_bytes=0),
@@ -208,7 +213,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a tiny model; runs on a CPU")
     parser.add_argument(
-        "--servers", type=lambda t: t.split(","), default="ideal,vllm,resident", help="also stock"
+        "--servers",
+        type=lambda t: t.split(","),
+        default="ideal,vllm,resident",
+        help="also free, stock",
     )
     parser.add_argument(
         "--adapters", type=numbers(int), default="40,25,16,11,8", help="how many of each rank"

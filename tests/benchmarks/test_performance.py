@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks import performance, plot_arrival, plot_serving
 from benchmarks.gpu import serving, slo
+from benchmarks.gpu.parts import Parts
+from lora_cache.engines.resident.host_images import LoadTimes
+from lora_cache.key import AdapterKey
 
 SPREAD = {"median_ms": 2.0, "p90_ms": 3.0, "max_ms": 4.0}
 LOADED = ("examined", "packed", "locked", "waited", "copied", "scattered", "published")
@@ -186,3 +190,16 @@ def test_a_promise_needs_an_ideal() -> None:
     with pytest.raises(SystemExit):
         slo.parse(["--servers", "resident"])
     assert isinstance(slo.parse(["--servers", "vllm", "--promise-ms", "9"]), argparse.Namespace)
+
+
+def test_the_parts_of_a_load_add_up() -> None:
+    key = AdapterKey("sha256:1", "one")
+    load = LoadTimes(key, 0.001, 0.02, 0.0, 0.010, 0.006, 0.001, 0.003, 0.0005)
+    times = [load]
+    server = SimpleNamespace(cache=SimpleNamespace(_engine=SimpleNamespace(load_times=times)))
+    found = Parts.of(server).take()["parts"]
+    command = ("waited", "copied", "scattered", "published", "told")
+    assert sum(found[name]["median_ms"] for name in command) == pytest.approx(10)
+    assert found["told"]["median_ms"] == 4
+    assert Parts.of(server).take() == {}  # each load counts once
+    assert Parts.of(SimpleNamespace(name="vllm")).take() == {}

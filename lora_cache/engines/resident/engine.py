@@ -246,6 +246,7 @@ class ResidentEngine(ManagedVllm):
         answers = await self._workers.command(load)
         times.commanded = time.perf_counter() - began
         done = [answer for answer in answers if isinstance(answer, wire.Done)]
+        times.handled = max(answer.seconds for answer in done)
         times.waited = max(answer.waited for answer in done)
         times.copied = max(answer.copied for answer in done)
         times.scattered = max(answer.scattered for answer in done)

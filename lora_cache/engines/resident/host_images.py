@@ -25,14 +25,15 @@ logger = logging.getLogger(__name__)
 class LoadTimes:
     """Where the time of one load went, in seconds; 0 for what it did not need.
 
-    The parts come one after the other; ``copied`` and ``scattered``, which are the device's own,
-    are within ``commanded``.
+    The parts come one after the other, but ``commanded`` has ``handled`` in it, and that has what
+    follows it; ``copied`` and ``scattered`` are the device's own.
 
     Attributes:
         examined: reading what the adapter holds, or the header of its packed image.
         packed: until its image was in host memory: packed, or read from disk.
         locked: until it was page-locked, which begins when packing does.
         commanded: from the command to the workers until the last one had published it.
+        handled: the workers, from the command's arrival to the answer; the longest.
         waited: the workers, for steps that still read the slot; the longest.
         copied: the image across the bus; the longest.
         scattered: it into the slot; the longest.
@@ -43,6 +44,7 @@ class LoadTimes:
     packed: float = 0.0
     locked: float = 0.0
     commanded: float = 0.0
+    handled: float = 0.0
     waited: float = 0.0
     copied: float = 0.0
     scattered: float = 0.0
