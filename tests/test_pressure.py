@@ -22,7 +22,7 @@ from lora_cache.errors import ConfigError, MemoryPressureError
 from lora_cache.events import Event
 from lora_cache.level import Level
 from lora_cache.memory import Gpus, Marks, PressureEvent, Sampler
-from lora_cache.status import StatusFile
+from lora_cache.status import StatusFile, read_status
 from lora_cache.testing import FakeEngine, FakeGpu, FakeNvml, FakeSource, settle
 from lora_cache.watch import make_sampler
 from tests.memory.clock import Seconds
@@ -326,12 +326,12 @@ def test_status_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LORA_CACHE_STATUS_DIR", str(tmp_path))
 
     async def main() -> None:
-        async with pressed() as (w, machine), StatusFile(w.cache, period_s=0.02) as file:
+        async with pressed() as (w, machine), StatusFile(w.cache, period_s=0.02):
 
             async def shown(*options: str) -> str:
-                file.path.unlink(missing_ok=True)
                 await w.ask("hot")  # something new, so it is written again
-                while not file.path.exists():  # noqa: ASYNC110
+                now = w.cache.stats().to_dict()
+                while not (found := read_status()) or found[0]["stats"] != now:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
                 done = await asyncio.to_thread(CliRunner().invoke, app, ["status", *options])
                 assert done.exit_code == 0, done.output

@@ -28,6 +28,7 @@ def test_the_model_is_exact(workload: bench_slots.Workload) -> None:
     assert once == again
 
 
+@pytest.mark.long
 def test_longer_answers_need_more_slots() -> None:
     few, many = (asyncio.run(bench_slots.serve(PROMISE, 4, 20, 1, slots)) for slots in (8, 32))
     assert few["all_slots_busy"] > 0.3

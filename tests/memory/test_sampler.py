@@ -153,6 +153,7 @@ def test_loading_nvml_once_does_not_slow_it_down() -> None:
     assert sampler.cost.setup_s >= 0.05
 
 
+@pytest.mark.long
 def test_it_never_takes_more_of_a_core_than_it_may() -> None:
     class Slow(FakeHost):
         def read(self) -> HostMemory | None:

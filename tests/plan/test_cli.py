@@ -122,6 +122,7 @@ def test_what_does_not_fit_exits_with_one(model: Path) -> None:
         assert "vllm serve" not in result.stdout
 
 
+@pytest.mark.long
 def test_it_needs_neither_vllm_nor_torch_and_repeats_itself(model: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['vllm'] = sys.modules['pynvml'] = None\n"

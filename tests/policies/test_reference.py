@@ -158,6 +158,7 @@ def test_recorded_trace_like_the_slru_model(name: str, slots: int) -> None:
     assert replay(trace, SLRU, slots).victims == expected
 
 
+@pytest.mark.long
 def test_a_whole_day() -> None:
     """The figure published with the trace: SLRU on 16 slots misses 3.18 %."""
     trace = recorded_trace(SERVEGEN)

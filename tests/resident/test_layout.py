@@ -134,6 +134,7 @@ def test_layouts_need_neither_torch_nor_vllm() -> None:
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
 
 
+@pytest.mark.long
 def test_packing_imports_no_vllm() -> None:
     code = (
         "import sys; sys.modules['vllm'] = None\n"

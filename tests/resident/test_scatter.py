@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 SLOTS, DIRT = 3, 7.0
 
 
+@pytest.mark.long
 def test_every_number_of_a_slot_is_written_and_none_of_another() -> None:
     child = subprocess.run(
         [sys.executable, "-m", "tests.resident.test_scatter"],

@@ -64,6 +64,7 @@ def test_json_is_a_list_of_rows(trace: Path) -> None:
         assert isinstance(row["evictions"], int)
 
 
+@pytest.mark.long
 def test_the_same_command_prints_the_same_bytes() -> None:
     for hold in ("none", "0.02/token"):
         arguments = ("zipf:requests=300", "--gpu-slots", "4,8", "--json", "--hold", hold)

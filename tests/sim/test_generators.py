@@ -126,6 +126,7 @@ def test_wrong_specs(spec: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_length() -> None:
     def peak(requests: int) -> int:
         tracemalloc.start()

@@ -20,6 +20,7 @@ from tests.sim.traces import ListTrace, asking
 pytest.importorskip("matplotlib")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["m.svg", "m.png", "M.SVG"])
 @pytest.mark.parametrize("traces", [1, 4])
 def test_misses_are_drawn_the_same_each_time(tmp_path: Path, name: str, traces: int) -> None:

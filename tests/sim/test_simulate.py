@@ -72,6 +72,7 @@ def test_where_belady_and_lru_are() -> None:
     assert row.belady_closed is None, "nothing is to be gained with a slot for each"
 
 
+@pytest.mark.long
 def test_rows_do_not_depend_on_what_else_is_replayed() -> None:
     trace = open_trace("zipf:adapters=60,requests=3000")
     together = simulate(trace, ["lru", "lfu", "belady"], [3, 8], Setup(host_entries=20))
@@ -178,6 +179,7 @@ class Endless(ListTrace):
         return (Request(float(t), f"a{t * t % 53}", 1, 1) for t in range(self.length))
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_trace_but_for_belady() -> None:
     def peak(requests: int, setup: Setup) -> int:
         tracemalloc.start()

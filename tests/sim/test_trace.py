@@ -158,6 +158,7 @@ def test_what_lies_before_an_error_is_read(tmp_path: Path) -> None:
         next(stream)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "jsonl"])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str) -> None:
     def peak(rows: int) -> int:

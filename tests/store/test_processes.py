@@ -71,6 +71,7 @@ def removed_elsewhere(root: Path) -> bool:
     return bool(gone.is_set())
 
 
+@pytest.mark.long
 def test_what_is_held_stays(root: Path) -> None:
     store = Store(root)
     adapter = bring(store, "a0")
@@ -125,6 +126,7 @@ def lister(root: Path, begun: Any, stop: Any) -> None:
         begun.set()
 
 
+@pytest.mark.long
 def test_looking_does_not_get_in_the_way(root: Path) -> None:
     store = Store(root)
     adapter = bring(store, "a0")
