@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,6 @@ def test_bench(tmp_path: Path) -> None:
     assert {"lora-cache", "torch"} < found["versions"].keys()
     assert len(markdown(found).splitlines()) > 8
     assert "starting vLLM" in done.stderr
+    # Nothing of what vLLM and its libraries say, also at the very end.
+    noise = [line for line in done.stderr.splitlines() if not re.match(r" *\d+ s  ", line)]
+    assert noise == []
