@@ -8,7 +8,9 @@ engine) and the resident engine are measured on the same process, one after the 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import random
 import shutil
@@ -101,6 +103,34 @@ def write_files(
             for index, rank in enumerate(ranks)
         ]
         return model, [part.result() for part in parts]
+
+
+def uncache(adapters: Sequence[Path]) -> float:
+    """Have the system forget the files of adapters: who reads them next reads the disk.
+
+    Returns:
+        The share of their pages that are still in memory: those that somebody has mapped.
+
+    Raises:
+        SystemExit: most are, as the directory is in memory.
+    """
+    pages = cached = 0
+    for path in (file for adapter in adapters for file in adapter.iterdir()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as view:
+                found = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+                first = ctypes.c_char.from_buffer(view)
+                ctypes.CDLL(None).mincore(
+                    ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(view)), found
+                )
+                del first  # or the map cannot be closed
+        pages += len(found)
+        cached += sum(page & 1 for page in found)
+    if 2 * cached > pages:
+        raise SystemExit(f"{adapters[0].parent} is in memory: give --files, a directory on a disk")
+    return cached / pages
 
 
 def start_vllm(

@@ -7,10 +7,10 @@ Poisson arrivals, Zipf(1.0) popularity, prompts of 512 tokens, 64 generated, pre
 Servers: ``ideal`` (the same arrivals over as many adapters as slots, all resident, on plain vLLM),
 ``free`` (as many slots under our planner, and loads that cost nothing: what waiting for a slot
 costs by itself), ``vllm`` (by itself), ``stock`` (vLLM's own API under our planner), ``resident``.
-For each seed and rate a *cold* row, every tier above the adapters' files being empty at its start,
-and a *warm* one, with the most popular adapters in host memory, as many as fit.  The time to the
-first token counts from the arrival.  ``--scenario`` sets several options at once; those that are
-given as well win.
+For each seed and rate a *cold* row, every tier above the adapters' files being empty at its start
+(with ``--uncached`` the page cache, too), and a *warm* one, with the most popular adapters in host
+memory, as many as fit.  The time to the first token counts from the arrival.  ``--scenario`` sets
+several options at once; those that are given as well win.
 ``vllm:1`` among the servers serves the first seed only.
 
 Adapters' files take 5.2 MB for each rank and are in memory where there is room (`rig.roomy`): a
@@ -25,6 +25,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,12 @@ async def row(server: Server, options: argparse.Namespace, seed: int, rate: floa
 
 
 async def serve(
-    server: Server, options: argparse.Namespace, seed: int, rate: float, record: rig.Record
+    server: Server,
+    paths: Sequence[Path],
+    options: argparse.Namespace,
+    seed: int,
+    rate: float,
+    record: rig.Record,
 ) -> None:
     """The cold row, then the warm one."""
     popular = by_popularity(options.adapters, seed)[: options.host]
@@ -89,10 +95,12 @@ async def serve(
             print(f"no time is left for {server.name} at {rate:g}/s, {kind}", flush=True)
             continue
         await (server.empty() if kind == "cold" else server.fill(popular[::-1]))
-        began = time.perf_counter()
+        found: Row = {"server": server.name, "seed": seed, "rate": rate, "row": kind}
+        if kind == "cold" and options.uncached:
+            found["page_cache"] = round(rig.uncache(paths), 4)
         parts = Parts.of(server)
         parts.clear()
-        found: Row = {"server": server.name, "seed": seed, "rate": rate, "row": kind}
+        began = time.perf_counter()
         found |= await row(server, options, seed, rate, seconds)
         found |= server.report() | parts.take()
         record.add(found | {"seconds": round(time.perf_counter() - began, 1)})
@@ -137,7 +145,7 @@ async def measure(options: argparse.Namespace, root: Path, record: rig.Record) -
         await every["ideal"].close()
         # Side by side, seed by seed: what is cut off has whole comparisons, and noise meets all.
         for seed, rate, name in schedule(options):
-            await serve(every[name], options, seed, rate, record)
+            await serve(every[name], paths, options, seed, rate, record)
             await every[name].close()
     finally:
         engine.shutdown()
@@ -173,6 +181,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda t: [int(x) for x in t.split(",")], default="0")
     parser.add_argument("--cold", type=float, default=20, help="seconds; 0 for none")
     parser.add_argument("--warm", type=float, default=60, help="seconds; 0 for none")
+    parser.add_argument(
+        "--uncached",
+        action="store_true",
+        help="cold rows begin with the files out of the page cache, too (--files: on a disk)",
+    )
     parser.add_argument("--zipf", type=float, default=1.0)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=64)
@@ -190,7 +203,9 @@ def main() -> int:
     options = parse()
     rig.stop_politely()
     each = 0 if options.tiny else rig.RANK_BYTES * options.rank
-    where = options.files or rig.roomy(each * options.adapters, each * options.host)
+    where = options.files or Path(tempfile.gettempdir())
+    if not (options.files or options.uncached):
+        where = rig.roomy(each * options.adapters, each * options.host)
     record = rig.Record(options)
     with tempfile.TemporaryDirectory(dir=where) as directory:
         rig.register_plugin(Path(directory))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import performance, plot_arrival, plot_serving
-from benchmarks.gpu import serving, slo
+from benchmarks.gpu import rig, serving, slo
 from benchmarks.gpu.parts import Parts
 from lora_cache.engines.resident.host_images import LoadTimes
 from lora_cache.key import AdapterKey
@@ -203,3 +204,15 @@ def test_the_parts_of_a_load_add_up() -> None:
     assert found["told"]["median_ms"] == 4
     assert Parts.of(server).take() == {}  # each load counts once
     assert Parts.of(SimpleNamespace(name="vllm")).take() == {}
+
+
+def test_files_in_memory_cannot_be_uncached() -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        pytest.skip("no directory in memory")
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        adapter = Path(directory) / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_model.safetensors").write_bytes(bytes(1 << 16))
+        with pytest.raises(SystemExit, match="--files"):
+            rig.uncache([adapter])
