@@ -33,3 +33,16 @@ def test_longer_answers_need_more_slots() -> None:
     few, many = (asyncio.run(bench_slots.serve(PROMISE, 4, 20, 1, slots)) for slots in (8, 32))
     assert few["all_slots_busy"] > 0.3
     assert few["ttft_p99_ms"] > 3000 > 1000 > many["ttft_p99_ms"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
+def test_to_set_victims_aside_at_once_makes_more_wait_and_serves_none_sooner(seed: int) -> None:
+    """Why `drain_after_s` is what it is by default."""
+    hasty, default = (
+        asyncio.run(bench_slots.serve(PROMISE, 6.0, 60.0, seed, 16, **settings))
+        for settings in ({"drain_after_s": 1.0}, {})
+    )
+    assert default["ttft_p50_ms"] < 0.8 * hasty["ttft_p50_ms"]
+    assert default["ttft_p99_ms"] < hasty["ttft_p99_ms"]
+    assert default["requests_per_s"] > hasty["requests_per_s"]
