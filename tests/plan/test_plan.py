@@ -126,8 +126,8 @@ def test_the_resident_engine_uses_every_place(tmp_path: Path) -> None:
     waits = [option.wait_s for option in plan.options]
     stock = [option.wait_s for option in plan_of(tmp_path).options]
     assert sum(waits) < sum(stock)
-    # Where slots are far too few, loads hardly count.
-    assert all(wait < other * 1.02 for wait, other in zip(waits, stock, strict=True))
+    # With one or two, who is let in when decides, and loads hardly count.
+    assert all(wait < other for wait, other in zip(waits[2:], stock[2:], strict=True))
     assert waits[-1] < stock[-1] / 2
 
 
