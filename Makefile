@@ -24,7 +24,7 @@ test: .venv/.ready-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 fast: .venv/.ready-dev
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not vllm and not gpu and not hub and not long" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not vllm and not gpu and not hub and not long" --hypothesis-profile=fast $(ARGS)
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .

@@ -21,6 +21,8 @@ pytest_plugins = [
 # On top of Hypothesis' own profile, which is another one where it knows a CI.
 settings.register_profile("lora_cache", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("lora_cache")
+# For `make fast`: a look, not a search.
+settings.register_profile("fast", settings.get_profile("lora_cache"), max_examples=25)
 
 # Caches that tests open are no business of `lora-cache status`.
 os.environ["LORA_CACHE_STATUS_DIR"] = tempfile.mkdtemp(prefix="lora-cache-tests-")
