@@ -138,7 +138,7 @@ class Holdings:
 
 
 #: A default for `Limits.drain_after_s`: about as long as an answer takes.  Until then slots fall
-#: free by themselves; to refuse new leases sooner makes many wait, and the one who waits is not
+#: free by themselves; to refuse new leases sooner makes many wait, and the one who waits is hardly
 #: served sooner by it (`benchmarks/README.md` has figures).
 DRAIN_AFTER_S = 5.0
 

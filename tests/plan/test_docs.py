@@ -12,10 +12,11 @@ from lora_cache.cli import app
 from tests.plan.configs import PUBLISHED, write_config
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
-pytestmark = pytest.mark.xdist_group("plan-docs")  # what it prints is made once
 FENCED = re.MULTILINE | re.DOTALL
 NAME = "meta-llama/Llama-3.1-8B"
 EXAMPLE = re.search(r"^```\n\$ lora-cache (plan .*?[^\\])\n(.*?)^```$", PAGE, FENCED)
+
+pytestmark = pytest.mark.xdist_group("plan-docs")  # what it prints is made once
 
 
 @pytest.fixture(scope="module")
