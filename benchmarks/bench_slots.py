@@ -32,6 +32,7 @@ from benchmarks.report import write_raw
 from lora_cache import AsyncLoraCache
 from lora_cache.adapter import Adapter, AdapterKey
 from lora_cache.bench.figures import quantile
+from lora_cache.bench.servers import Row
 from lora_cache.bench.streams import poisson
 from lora_cache.config import CacheConfig
 from lora_cache.planner import Transition
@@ -41,8 +42,6 @@ BASE_S, PROMPT_S, LOAD_S = 0.0055, 0.018 / 512, 0.002
 
 _BETWEEN_STEPS_S = 0.0003  # who comes now is in the next one
 _TICK_S = 0.05
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

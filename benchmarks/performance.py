@@ -18,12 +18,11 @@ from typing import Any
 from benchmarks.gpu.slo import highest
 from benchmarks.plot_arrival import FROM, PARTS, PICTURE, parts_of
 from lora_cache.bench.report import NAMES
+from lora_cache.bench.servers import Row
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
-
-Row = dict[str, Any]
 
 BESIDE = {
     "cold": "on disk",

@@ -13,13 +13,12 @@ from typing import Any
 
 from benchmarks.report import draw_as_asked
 from lora_cache.bench.report import NAMES
+from lora_cache.bench.servers import Row
 from lora_cache.sim.plots import figures, save
 
 ROOT = Path(__file__).parents[1]
 RAW = ROOT / "benchmarks" / "results" / "arrivals_h100.json"
 PICTURE = ROOT / "docs" / "arrival.svg"
-
-Row = dict[str, Any]
 
 #: Part, its name, its colour: Okabe and Ito's, neighbours far apart.
 PARTS = {

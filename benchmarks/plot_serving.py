@@ -9,17 +9,15 @@ warm ones, on one logarithmic axis.  Seeds of the same row lie above each other.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks.report import draw_as_asked
 from lora_cache.bench.report import NAMES
+from lora_cache.bench.servers import Row
 from lora_cache.sim.plots import figures, save
 
 ROOT = Path(__file__).parents[1]
 RAW = ROOT / "benchmarks" / "results" / "serving_h100.json"
 PICTURE = ROOT / "docs" / "serving.svg"
-
-Row = dict[str, Any]
 
 #: What is compared, the best there can be first; and its colour: Okabe and Ito's.
 ORDER = {
