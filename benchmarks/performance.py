@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.lora_kernels import steps
 from benchmarks.gpu.slo import highest
 from benchmarks.plot_arrival import FROM, PARTS, PICTURE, parts_of
+from lora_cache.bench.models import LLAMA_8B
 from lora_cache.bench.report import NAMES
 from lora_cache.bench.servers import Row
 
@@ -98,7 +100,7 @@ def serving(raw: Row) -> str:
     found = table(
         [*heads, "gap p50", "p99.9", "requests/s done"],
         [
-            [row["row"], row["rate"], str(row["seed"]), NAMES[row["server"]]]
+            [_start(row), row["rate"], str(row["seed"]), NAMES[row["server"]]]
             + [row[name] for name in times]
             for row in rows
         ],
@@ -107,6 +109,10 @@ def serving(raw: Row) -> str:
     pairs = (("warm", "ideal"), ("warm", "free"), ("warm", "vllm"), ("cold", "vllm"))
     compared = [line for kind, other in pairs for line in _compared(rows, kind, other)]
     return f"{found}\n\n{table(heads, compared)}" if compared else found
+
+
+def _start(row: Row) -> str:
+    return f"{row['row']}, disk" if "page_cache" in row else row["row"]
 
 
 def _compared(rows: Sequence[Row], kind: str, other: str) -> Iterator[list[str]]:
@@ -145,12 +151,21 @@ def slo(raw: Row) -> str:
     return f"{found}\n\n{promise} The highest rate that keeps it: {'; '.join(kept)}."
 
 
+def kernels(raw: Row) -> str:
+    """What adapters add to a step."""
+    heads = ["tokens in a step", "by default, ms", "as found best", "times faster"]
+    rows = steps(raw["rows"], raw.get("layers", LLAMA_8B["num_hidden_layers"]))
+    return table(heads, [[str(n), before, best, before / best] for n, before, best, _ in rows])
+
+
 #: Marker, the raw file, what makes the table.
 TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "arrivals": ("arrivals_h100.json", arrivals),
     "beside": ("arrivals_h100.json", beside),
     "serving": ("serving_h100.json", serving),
     "serving-seed-1": ("serving_seed1_h100.json", serving),
+    "kernels": ("lora_kernels_h100.json", kernels),
+    "serving-tuned": ("serving_tuned_h100.json", serving),
     "serving-small-graphs": ("serving_small_graphs_h100.json", serving),
     "serving-8-slots": ("serving_8_slots_h100.json", serving),
     "serving-thousand": ("serving_thousand_h100.json", serving),

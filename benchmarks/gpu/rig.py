@@ -133,6 +133,12 @@ def uncache(adapters: Sequence[Path]) -> float:
     return cached / pages
 
 
+def use_kernels(folder: Path | None) -> None:
+    """Have vLLM launch its LoRA kernels as `benchmarks.gpu.lora_kernels` found best."""
+    if folder is not None:
+        os.environ["VLLM_TUNED_CONFIG_FOLDER"] = str(folder.resolve())
+
+
 def start_vllm(
     model: Path,
     *,

@@ -191,6 +191,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--graph-tokens", type=int, help="steps that CUDA graphs are captured for")
+    parser.add_argument("--kernels", type=Path, help="configurations of LoRA kernels, a folder")
     parser.add_argument("--until", type=float, help="seconds from the start; no row ends later")
     parser.add_argument("--files", type=Path, help="where adapters are written")
     parser.add_argument("--json", type=Path)
@@ -202,6 +203,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     rig.stop_politely()
+    rig.use_kernels(options.kernels)
     each = 0 if options.tiny else rig.RANK_BYTES * options.rank
     where = options.files or Path(tempfile.gettempdir())
     if not (options.files or options.uncached):

@@ -232,6 +232,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--longest-answer", type=int, default=512)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--graph-tokens", type=int, help="steps that CUDA graphs are captured for")
+    parser.add_argument("--kernels", type=Path, help="configurations of LoRA kernels, a folder")
     parser.add_argument("--until", type=float, help="seconds from the start; no row ends later")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", type=Path, help="where adapters are written")
@@ -247,6 +248,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse()
     rig.stop_politely()
+    rig.use_kernels(options.kernels)
     nbytes = 0 if options.tiny else rig.RANK_BYTES * sum(ranks_of(options))
     record = rig.Record(options)
     with tempfile.TemporaryDirectory(dir=options.files or rig.roomy(nbytes, nbytes)) as directory:

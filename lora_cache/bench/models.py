@@ -74,7 +74,7 @@ def find_config(given: str) -> dict[str, Any]:
         ConfigError: there is none, or its layers are not those of a plain decoder.
     """
     config = BUILT_IN.get(given) or read_config(given)[0]
-    if not _widths(config):
+    if not widths(config):
         raise ConfigError(
             f"{given}: random adapters are made for plain decoders (Llama, Mistral, Qwen2, Qwen3, "
             f"Gemma) only; its architectures are {config.get('architectures')}"
@@ -89,7 +89,7 @@ def write_adapters(
     import torch
     from safetensors.torch import save_file
 
-    widths = _widths(config)
+    of = widths(config)
     torch.manual_seed(seed)
     made = []
     for index in range(number):
@@ -97,20 +97,25 @@ def write_adapters(
         target.mkdir(parents=True)
         tensors = {}
         for layer in range(config["num_hidden_layers"]):
-            for module, (in_width, out_width) in widths.items():
+            for module, (in_width, out_width) in of.items():
                 name = f"base_model.model.model.layers.{layer}.{_BLOCKS[module]}.{module}"
                 a = torch.randn(rank, in_width, dtype=torch.bfloat16) * in_width**-0.5
                 b = torch.randn(out_width, rank, dtype=torch.bfloat16) * 0.1
                 tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
         save_file(tensors, target / "adapter_model.safetensors")
         lora = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
-        lora["target_modules"] = sorted(widths)
+        lora["target_modules"] = sorted(of)
         (target / "adapter_config.json").write_text(json.dumps(lora))
         made.append(target)
     return made
 
 
-def _widths(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def widths(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Input and output width of each linear layer; nothing if the architecture is not known.
+
+    Raises:
+        ConfigError: the configuration lacks a size.
+    """
     fields = SimpleNamespace(**config)
     known = SimpleNamespace(architectures=config.get("architectures"), hf_text_config=fields)
     try:

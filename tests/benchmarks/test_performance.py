@@ -68,12 +68,17 @@ SLO = ABOUT | {
     ]
 }
 
+KERNELS = ABOUT | {
+    "layers": 2,
+    "rows": [{"tokens": 16, "default_us": 30.0, "us": 10.0, "active_us": 9.0}],
+}
+
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
     for file, _ in performance.TABLES.values():
         kind = file.partition("_")[0]
-        raw = {"arrivals": ARRIVALS, "serving": SERVING, "slo": SLO}[kind]
+        raw = {"arrivals": ARRIVALS, "serving": SERVING, "slo": SLO, "lora": KERNELS}[kind]
         (tmp_path / file).write_text(json.dumps(raw))
     return tmp_path
 
