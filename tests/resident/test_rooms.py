@@ -76,8 +76,8 @@ class FakeLine:
 
 
 class Rig:
-    def __init__(self) -> None:
-        self.arena = Arena(6 * PAGE)
+    def __init__(self, pages: int = 6) -> None:
+        self.arena = Arena(pages * PAGE)
         self.workers = FakeWorkers()
         self.line = FakeLine(self.arena, self.workers)
         self.rooms = Rooms(cast(Any, self.workers), self.arena, cast(Any, self.line))
@@ -188,27 +188,64 @@ def test_they_make_way_for_images_of_other_sizes(rig: Rig) -> None:
 
 def test_one_is_made_ready_ahead(rig: Rig) -> None:
     async def main() -> None:
+        await rig.room(LARGE)
         rig.rooms.prepare(SMALL)
         rig.rooms.prepare(SMALL)
         await rig.rooms.close()
-        rig.check(1)
+        rig.check(3)
         rig.rooms.prepare(SMALL)  # there is one
         await rig.rooms.close()
-        rig.check(1)
+        rig.check(3)
         await rig.room(SMALL)
         assert (rig.rooms.reused, rig.line.populated) == (1, 1)
 
     run(main())
 
 
+def test_several_while_the_arena_has_plenty() -> None:
+    async def main() -> None:
+        rig = Rig(pages=20)
+        rig.rooms.prepare(SMALL)
+        await rig.rooms.close()
+        rig.check(MOST_READY)
+        rooms = [await rig.room(SMALL) for _ in range(MOST_READY)]
+        assert (rig.rooms.reused, rig.workers.asked) == (MOST_READY, MOST_READY)
+        for room in rooms[1:]:
+            await rig.rooms.leave(room, again=True)
+        rig.rooms.prepare(LARGE)  # others do not have to go for more than one
+        await rig.rooms.close()
+        rig.check(MOST_READY + 2)
+        rig.arena.close()
+
+    run(main())
+
+
+def test_what_waits_and_what_is_made_ready_do_not_chase_each_other() -> None:
+    async def main() -> None:
+        for pages in range(2, 16):
+            rig = Rig(pages)
+            held = [await rig.room(SMALL) for _ in range(pages // 2)]
+            for _ in range(20):  # each newcomer has a victim
+                held.append(await rig.room(SMALL))
+                rig.rooms.prepare(SMALL)
+                await rig.rooms.leave(held.pop(0), again=True)
+                await rig.rooms.close()
+            assert rig.workers.asked <= pages, "made ready, and given back, again and again"
+            rig.arena.check()
+            rig.arena.close()
+
+    run(main())
+
+
 def test_one_that_is_being_made_ready_is_waited_for(rig: Rig) -> None:
     async def main() -> None:
+        await rig.room(LARGE)
         rig.rooms.prepare(SMALL)
         await asyncio.sleep(0)  # it has begun
         one, two = await asyncio.gather(rig.room(SMALL), rig.room(SMALL))
         assert one.offsets != two.offsets
-        assert (rig.workers.asked, rig.rooms.reused) == (2, 1)
-        rig.check(2)
+        assert (rig.workers.asked, rig.rooms.reused) == (3, 1)
+        rig.check(4)
 
     run(main())
 

@@ -2,7 +2,8 @@
 
 A page that nobody has written yet costs ten times what writing it does: the system clears it, CUDA
 locks it.  So the room of an image that makes way for another is not given back, but used again as
-it is; and while there is none, one is made ready ahead, in the background.
+it is; and some are made ready ahead, in the background: one where the arena is nearly full, and
+several where it is not, as after a start, when many adapters may come at once.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from lora_cache.engines.resident.workers import WorkerError, Workers
 
 logger = logging.getLogger(__name__)
 
-#: Rooms that wait for an image, at most: the arena has as much beyond the budget.
-MOST_READY = 2
+#: Rooms that wait for an image, at most.
+MOST_READY = 4
 
 
 @dataclass(eq=False)
@@ -126,11 +127,16 @@ class Rooms:
             await self._line.emptied()
 
     def prepare(self, nbytes: list[int]) -> None:
-        """See to it that there is a room of this size, soon."""
-        ready = any(room.nbytes == nbytes for room in self._ready)
-        if not (ready or self._preparing or self._is_scarce):
+        """See to it that there is a room of this size, soon, and more where there is plenty."""
+        if self._needs(nbytes) and not (self._preparing or self._is_scarce):
             self._prepared_nbytes = nbytes
             self._preparing = self._start(self._prepare(nbytes))
+
+    def _needs(self, nbytes: list[int]) -> bool:
+        if not any(room.nbytes == nbytes for room in self._ready):
+            return True
+        spare = self._arena.nbytes - self._arena.used
+        return len(self._ready) < MOST_READY and spare > MOST_READY * sum(nbytes)
 
     def conserve(self, is_scarce: bool) -> None:
         """Memory is scarce: keep nothing that is not in use, from now on; or it is no more."""
@@ -160,13 +166,16 @@ class Rooms:
             await self.lock(room)
             await self.leave(room, again=True)
         except ArenaFullError:
+            self._preparing = None
             self._line.free(room.offsets)
         except WorkerError:
+            self._preparing = None
             logger.info("no room could be made ready", exc_info=True)
             with suppress(WorkerError):
                 await self._give_back(room)
-        finally:
+        else:
             self._preparing = None
+            self.prepare(nbytes)
 
     async def _give_back_some(self, rooms: list[Room]) -> None:
         try:
