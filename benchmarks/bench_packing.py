@@ -5,7 +5,7 @@
 Adapters of all linear layers of Llama-3.1-8B in bfloat16, random, in the page cache; the packer is
 the real one, a process of its own.
 
-* resolve: what comes before: the manifest, the header, a SHA-256 of every byte;
+* resolve: what comes before: the manifest, the header, a digest of every byte;
 * packed first: examined and packed;
 * four at once: the same, by adapter;
 * kept: the image was packed before, and is read from disk, every byte checked against its sum;

@@ -10,7 +10,7 @@ class AdapterKey:
     """The immutable identity of one adapter: two keys are equal if and only if the content is.
 
     Attributes:
-        digest: what decides equality, e.g. ``"sha256:9f2c…"`` for a local directory.
+        digest: what decides equality, e.g. ``"blake3:9f2c…"`` for a local directory.
         name: a short name for people; not part of the identity.
     """
 

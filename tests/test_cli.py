@@ -103,8 +103,8 @@ def test_ls_shows_the_demo_adapters() -> None:
         recipe = ADAPTERS[row["name"]]
         assert (row["rank"], row["alpha"]) == (recipe.rank, recipe.alpha)
         assert row["target_modules"] == sorted(recipe.target_modules)
-        assert row["key"].startswith("sha256:")
-        assert len(row["key"]) == len("sha256:") + 64
+        assert row["key"].startswith("blake3:")
+        assert len(row["key"]) == len("blake3:") + 64
         assert row["dtypes"] == ["BF16"]
         assert isinstance(row["bytes"], int)
         assert row["base_model"]

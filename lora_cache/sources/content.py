@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+
+from blake3 import blake3
 
 from lora_cache.exact_io import read_exactly
 
@@ -14,9 +15,10 @@ _MOST_THREADS = 4
 
 
 def content_digest(path: str | os.PathLike[str]) -> bytes:
-    """SHA-256 of a file, or of the SHA-256s of a large one's pieces: equal for equal content.
+    """BLAKE3 of a file, or of the BLAKE3s of a large one's pieces: equal for equal content.
 
-    One thread digests about 1.2 GB/s, which would be most of what a new adapter's loading takes.
+    One thread digests about 3 GB/s, of SHA-256 one, which was most of what a new adapter's loading
+    took.  Several of them read, too, which takes as long again.
 
     Raises:
         OSError: it cannot be read.
@@ -25,7 +27,7 @@ def content_digest(path: str | os.PathLike[str]) -> bytes:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size < _LARGE_BYTES:
-            return hashlib.file_digest(file, "sha256").digest()
+            return blake3(file.read()).digest()
         return _by_pieces(file.fileno(), size)
 
 
@@ -40,10 +42,10 @@ def _by_pieces(descriptor: int, size: int) -> bytes:
             start = number * _PIECE_BYTES
             piece = buffer[: min(_PIECE_BYTES, size - start)]
             read_exactly(descriptor, piece, start)
-            digests[number] = hashlib.sha256(piece).digest()
+            digests[number] = blake3(piece).digest()
 
     with ThreadPoolExecutor(threads, "lora-cache-digest") as pool:
         for call in [pool.submit(work, first) for first in range(threads)]:
             call.result()
     # The size comes first, so that no small file's digest is that of a large one.
-    return hashlib.sha256(b"%d pieces of %d: " % (size, _PIECE_BYTES) + b"".join(digests)).digest()
+    return blake3(b"%d pieces of %d: " % (size, _PIECE_BYTES) + b"".join(digests)).digest()

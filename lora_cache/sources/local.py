@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from pathlib import Path
+
+from blake3 import blake3
 
 from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
 from lora_cache.errors import AdapterChangedError, AdapterNotFoundError, InvalidAdapterError
@@ -21,7 +22,7 @@ _MAX_REMEMBERED = 100_000
 class LocalSource:
     """Directories as PEFT's `save_pretrained` writes them.
 
-    The key is a SHA-256 of the two files that vLLM reads, so the same adapter in two places is
+    The key is a BLAKE3 of the two files that vLLM reads, so the same adapter in two places is
     one adapter, and new content under an old path is a new one.  Digests are remembered by
     device, inode, size and times of change.  Thread-safe.
     """
@@ -40,14 +41,14 @@ class LocalSource:
             raise AdapterChangedError(f"{directory} was written to while it was read: try again")
         self._remember(stamp, digest)
         name = os.path.basename(ref.location) or directory.name
-        return Adapter(AdapterKey(f"sha256:{digest}", name), directory, manifest, stamp)
+        return Adapter(AdapterKey(f"blake3:{digest}", name), directory, manifest, stamp)
 
     def is_current(self, ref: AdapterRef, adapter: Adapter) -> bool:
         # By the name that was given: a link may lead elsewhere by now.
         return _stamp_or_none(Path(ref.location)) == adapter.stamp
 
     def _read_digest(self, directory: Path) -> str:
-        digest = hashlib.sha256()
+        digest = blake3()
         try:
             for name in FILES:
                 digest.update(content_digest(directory / name))

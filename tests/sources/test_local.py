@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import time
@@ -21,6 +20,7 @@ from lora_cache.errors import (
 )
 from lora_cache.manifest import CONFIG_FILE, FILES, WEIGHTS_FILE, read_manifest
 from lora_cache.sources import LocalSource
+from lora_cache.sources.content import content_digest
 from tests.real.parts import write_adapter
 
 not_as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -36,11 +36,10 @@ class Reads:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
         self.then: Callable[[int], object] = lambda count: None
-        self._digest = hashlib.file_digest
-        monkeypatch.setattr(hashlib, "file_digest", self._read)
+        monkeypatch.setattr("lora_cache.sources.local.content_digest", self._read)
 
     def _read(self, *args: Any) -> Any:
-        digest = self._digest(*args)
+        digest = content_digest(*args)
         self.count += 1
         self.then(self.count)
         return digest
@@ -99,11 +98,11 @@ def test_content_that_comes_back_is_the_first_adapter_again(tmp_path: Path) -> N
     assert first.key == third.key != second.key
 
 
-def test_the_digest_is_a_sha256_that_other_sources_agree_on(tmp_path: Path) -> None:
+def test_the_digest_is_a_blake3_that_other_sources_agree_on(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path / "a")
     digest = resolve(directory).key.digest
-    assert digest.startswith("sha256:")
-    assert len(bytes.fromhex(digest.removeprefix("sha256:"))) == 32
+    assert digest.startswith("blake3:")
+    assert len(bytes.fromhex(digest.removeprefix("blake3:"))) == 32
     assert digest == resolve(directory).key.digest
 
 
