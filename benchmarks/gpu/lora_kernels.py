@@ -9,7 +9,8 @@ Every linear layer of a batch with adapters is two more kernels: *shrink* (times
 a model, by vLLM's own calls in CUDA graphs, and the fastest written as vLLM reads them.
 
 Give `--model`, and `--slots` and `--rank` as it is served with (``max_loras``, ``max_lora_rank``).
-With tensor parallelism each GPU has a share of a layer: those shapes are not measured.
+With tensor parallelism each GPU has a share of a layer: those shapes are not measured.  A folder
+takes several models, slots and ranks, one run after the other.
 
 A step of `tokens` tokens is one of our serving measurement: up to 128 of them are decoded, their
 adapters drawn by Zipf(1.0) from 200; what is more are prompts of 512, of one adapter each.  The
@@ -86,14 +87,15 @@ def candidates(shape: Shape, rank: int) -> Iterator[Config]:
     """What is tried beside vLLM's default."""
     decodes = shape.tokens <= DECODED
     if shape.op == "shrink":
-        for block_m, block_k, split_k, warps in itertools.product(
+        for block_m, block_n, block_k, split_k, warps in itertools.product(
             (16,) if decodes else (16, 32, 64),
+            sorted({max(16, min(rank, 64)), max(16, min(rank, 128))}),
             (64, 128, 256, 512) if decodes else (64, 128),
             (2, 4, 8, 16, 32, 64) if decodes else (2, 4, 8, 16),
             (2, 4, 8) if decodes else (4,),
         ):
             if shape.width % (block_k * split_k) == 0:
-                yield _config(block_m, max(16, rank), block_k, warps) | {
+                yield _config(block_m, block_n, block_k, warps) | {
                     "split_k": split_k,
                     "group_size_m": 8,
                 }
@@ -212,10 +214,19 @@ class Bench:
             for weights in self.weights(shape)
         ]
 
+    def works(self, shape: Shape, config: Config) -> bool:
+        """Compiled, if need be, and run; large blocks may be too large for the GPU."""
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            self.calls(shape, config)[0]()
+        except OutOfResources:
+            return False
+        return True
+
     def microseconds(self, shape: Shape, config: Config, active: bool = False) -> float:
         """Of one kernel, in a CUDA graph: the median of some runs."""
         torch, calls = self.torch, self.calls(shape, config, active)
-        calls[0]()
         if self.options.tiny:
             return 1.0
         for call in calls[1:]:
@@ -253,7 +264,7 @@ def _compile(options: argparse.Namespace, share: list[tuple[Shape, Config]]) -> 
     global _mine
     _mine = _mine or Bench(options)
     for shape, config in share:
-        _mine.calls(shape, config)[0]()
+        _mine.works(shape, config)
 
 
 def compile_all(options: argparse.Namespace, every: list[tuple[Shape, Config]]) -> None:
@@ -274,7 +285,7 @@ def search(bench: Bench, shape: Shape) -> Row:
     default = bench.default(shape)
     took = {}
     tried = islice(candidates(shape, bench.options.rank), 2 if bench.options.tiny else None)
-    for config in tried:
+    for config in (config for config in tried if bench.works(shape, config)):
         took[json.dumps(config)] = bench.microseconds(shape, config)
     fastest = [json.loads(text) for text in sorted(took, key=took.__getitem__)[:5]]
     found = next((config for config in fastest if bench.agrees(shape, config)), default)
@@ -293,10 +304,14 @@ def search(bench: Bench, shape: Shape) -> Row:
 
 
 def write(folder: Path, gpu: str, options: argparse.Namespace, rows: list[Row]) -> None:
-    """As vLLM reads them: by slots, slices, tokens, and the two sizes of the matrix."""
+    """As vLLM reads them: by slots, slices, tokens, and the two sizes of the matrix.
+
+    What the files have for others stays.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for op, suffix in (("shrink", "SHRINK"), ("expand", "EXPAND_TRUE")):
-        tree: dict[str, Any] = {}
+        path = folder / f"{gpu.replace(' ', '_').replace('-', '_')}_{suffix}.json"
+        tree: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         for row in (row for row in rows if row["op"] == op):
             sizes = (row["width"], options.rank)
             if op == "expand":
@@ -306,8 +321,7 @@ def write(folder: Path, gpu: str, options: argparse.Namespace, rows: list[Row]) 
             for key in keys[:-1]:
                 place = place.setdefault(str(key), {})
             place[str(keys[-1])] = row["config"]
-        name = gpu.replace(" ", "_").replace("-", "_")
-        (folder / f"{name}_{suffix}.json").write_text(json.dumps(tree, indent=1) + "\n")
+        path.write_text(json.dumps(tree, indent=1) + "\n")
 
 
 def steps(rows: list[Row], layers: int) -> list[tuple[int, float, float, float]]:

@@ -62,10 +62,14 @@ def test_vllm_finds_what_was_written(
             row  # o_proj's and down_proj's B are alike
         )
     lora_kernels.write(tmp_path, GPU, options, list(rows.values()))
+    others = [row | {"config": {"block_m": -1}} for row in rows.values()]
+    lora_kernels.write(tmp_path, GPU, argparse.Namespace(slots=4, rank=16), others)
+    lora_kernels.write(tmp_path, GPU, argparse.Namespace(slots=2, rank=8), others)
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", "what was there before comes back")
     rig.use_kernels(tmp_path)
     for row in rows.values():
         assert as_vllm_reads(row, 4, 8) == row["config"]
+        assert as_vllm_reads(row, 4, 16) == as_vllm_reads(row, 2, 8) == {"block_m": -1}
 
 
 @pytest.mark.vllm
@@ -79,9 +83,10 @@ def test_the_files_that_are_committed_are_those_that_were_measured(
     assert as_vllm_reads(row, FOUND["options"]["slots"], FOUND["options"]["rank"]) == row["config"]
 
 
-def test_what_is_tried_divides_the_input() -> None:
+@pytest.mark.parametrize("rank", [8, 16, 128])
+def test_what_is_tried_divides_the_input(rank: int) -> None:
     for shape in lora_kernels.shapes(LLAMA_8B):
-        tried = list(lora_kernels.candidates(shape, 16))
+        tried = list(lora_kernels.candidates(shape, rank))
         assert len(tried) >= 20
         assert len({json.dumps(config) for config in tried}) == len(tried)
         for config in tried if shape.op == "shrink" else []:
