@@ -27,6 +27,7 @@ from lora_cache.store.disk import Interest
 from lora_cache.store.locks import Hold
 from lora_cache.store.pool import Urgency
 from lora_cache.threads import start
+from lora_cache.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 AdapterLike = AdapterRef | str | os.PathLike[str]
 
 _ASKING = 16  # questions to one source at a time
+_SPECULATING = 4  # of those that nobody waits for: to digest files takes cores and the disk
 _STALE_S = 10.0  # between questions to a source that does not answer
 _MAX_STALE = 100_000
 _REMOVALS = 3  # how often another process may remove what was just fetched
@@ -77,9 +79,7 @@ class Catalog:
         self._resolving: dict[AdapterRef, _Resolution] = {}
         self._stale: TTLCache[AdapterRef, Adapter] = TTLCache(_MAX_STALE, _STALE_S)
         # One source that does not answer is not to hold up the others.
-        self._asking: defaultdict[str, asyncio.Semaphore] = defaultdict(
-            lambda: asyncio.Semaphore(_ASKING)
-        )
+        self._asking: defaultdict[str, Turns] = defaultdict(lambda: Turns(_ASKING, _SPECULATING))
         self._closed = False
 
     def __len__(self) -> int:
@@ -121,7 +121,8 @@ class Catalog:
         Cancelling a caller cancels only its wait; what nobody waits for any more is given up.
 
         Args:
-            urgency: a fetch for a lease overtakes those that are speculation.
+            urgency: what a lease waits for overtakes what is speculation, both in the question to
+                the source and in the fetch.
             progress: called on the event loop while the adapter is fetched; of several callers
                 that share a fetch, the first one's.
 
@@ -203,7 +204,7 @@ class Catalog:
 
     async def _get(self, ref: AdapterRef, source: Source, interest: Interest) -> Adapter:
         try:
-            async with self._asking[ref.source]:
+            async with self._asking[ref.source].taken(interest):
                 found = await asyncio.wrap_future(start(source.resolve, ref))
             if isinstance(found, Remote):
                 # The names of files and what is in them is made of these.

@@ -26,6 +26,7 @@ from lora_cache.errors import (
 from lora_cache.manifest import Manifest
 from lora_cache.sources import LocalSource
 from lora_cache.store import DiskTier
+from lora_cache.store.pool import Urgency
 from tests.real.parts import write_adapter
 
 ANY = AdapterKey("slow:any")
@@ -108,6 +109,26 @@ def test_other_refs_are_resolved_side_by_side(source: SlowSource, catalog: Catal
         source.gate.set()
         one, two = await outcomes(*waits)
         assert one.key != two.key
+
+    asyncio.run(main())
+
+
+def test_a_lease_does_not_queue_behind_many_prefetches(
+    source: SlowSource, catalog: Catalog
+) -> None:
+    async def main() -> None:
+        waits = [
+            asyncio.ensure_future(catalog.resolve(ref(str(n)), urgency=Urgency.SPECULATION))
+            for n in range(100)
+        ]
+        await source.asked_for("0")
+        lease = asyncio.ensure_future(catalog.resolve(ref("new")))
+        await source.asked_for("new")  # while nobody else gets an answer
+        joined = asyncio.ensure_future(catalog.resolve(ref("99")))  # one that waits for its turn
+        source.gate.set()
+        await outcomes(lease, joined)
+        assert not all(wait.done() for wait in waits)
+        await outcomes(*waits)
 
     asyncio.run(main())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_cache.adapter import Adapter, AdapterRef
@@ -13,7 +14,7 @@ from lora_cache.paths import cache_home
 from lora_cache.policies import PolicyLike
 from lora_cache.sources.base import Remote, RemoteSource
 from lora_cache.store.fetch import Fetch
-from lora_cache.store.pool import FetchPool, Job, Urgency
+from lora_cache.store.pool import FetchPool, Urgency
 from lora_cache.store.store import Store
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -41,17 +42,16 @@ class Interest:
     ) -> None:
         self.urgency = urgency
         self.progress = progress
-        self._job: tuple[FetchPool, Job] | None = None
+        self._tell: Callable[[], object] = lambda: None
 
     def hurry(self) -> None:
         """A lease waits for it now."""
         self.urgency = Urgency.LEASE
-        if self._job is not None:
-            pool, job = self._job
-            pool.hurry(job, Urgency.LEASE)
+        self._tell()
 
-    def attach(self, pool: FetchPool, job: Job) -> None:
-        self._job = (pool, job)
+    def attach(self, tell: Callable[[], object]) -> None:
+        """Have `tell` called when it becomes urgent, in place of what was to be called before."""
+        self._tell = tell
 
 
 class DiskTier:
@@ -89,7 +89,7 @@ class DiskTier:
     async def _fetch(self, remote: Remote, source: RemoteSource, interest: Interest) -> Adapter:
         report = _reporter(remote.ref, interest)
         job = self._pool.join(Fetch(remote, source, report), interest.urgency)
-        interest.attach(self._pool, job)
+        interest.attach(partial(self._pool.hurry, job, Urgency.LEASE))
         done = asyncio.wrap_future(job.future)
         done.add_done_callback(lambda done: done.cancelled() or done.exception())
         try:
