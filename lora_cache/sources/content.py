@@ -17,8 +17,8 @@ _MOST_THREADS = 4
 def content_digest(path: str | os.PathLike[str]) -> bytes:
     """BLAKE3 of a file, or of the BLAKE3s of a large one's pieces: equal for equal content.
 
-    One thread digests about 3 GB/s, of SHA-256 one, which was most of what a new adapter's loading
-    took.  Several of them read, too, which takes as long again.
+    One thread digests 3 GB/s; with SHA-256 it was one, and most of what a new adapter's loading
+    took.  Reading takes as long again, so there are several.
 
     Raises:
         OSError: it cannot be read.

@@ -89,8 +89,11 @@ def test_random_traffic_and_every_way_to_end_a_request(
             # the other.  An engine that evicts nobody runs into the time limit.
             while cache.stats().gpu_evictions <= 20:
                 await one()
+            # What was forgotten a moment ago decodes to its end, and holds its lease until then.
+            async with asyncio.timeout(20):
+                while any(row.leases for row in cache.snapshot().adapters):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
             assert await cache.reconcile() == 0
-            assert all(row.leases == 0 for row in cache.snapshot().adapters)
             stats = cache.stats()
             assert stats.requests > 120
             assert stats.drift == 0

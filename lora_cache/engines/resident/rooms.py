@@ -166,16 +166,16 @@ class Rooms:
             await self.lock(room)
             await self.leave(room, again=True)
         except ArenaFullError:
-            self._preparing = None
             self._line.free(room.offsets)
+            return
         except WorkerError:
-            self._preparing = None
             logger.info("no room could be made ready", exc_info=True)
             with suppress(WorkerError):
                 await self._give_back(room)
-        else:
+            return
+        finally:
             self._preparing = None
-            self.prepare(nbytes)
+        self.prepare(nbytes)
 
     async def _give_back_some(self, rooms: list[Room]) -> None:
         try:
