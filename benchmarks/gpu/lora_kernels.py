@@ -34,15 +34,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.gpu import rig
-from lora_cache.bench import models as bench_models
-from lora_cache.bench.models import LLAMA_8B
+from lora_cache.bench.models import LLAMA_8B, find_config, widths
 from lora_cache.bench.servers import Row
 from lora_cache.bench.streams import zipf
 
@@ -59,7 +57,13 @@ _SETS, _DRAWS, _REPEATS = 4, 2, 5
 
 @dataclass(frozen=True)
 class Shape:
-    """A kernel of a layer: what it reads, and the widths that it writes."""
+    """A kernel of a layer, in a step of so many tokens.
+
+    Attributes:
+        op: "shrink" or "expand".
+        width: of the linear layer's input, in elements.
+        outputs: widths of the outputs that vLLM computes as one.
+    """
 
     op: str
     width: int
@@ -73,8 +77,8 @@ class Shape:
 
 def shapes(config: dict[str, Any], tokens: Sequence[int] = TOKENS) -> list[Shape]:
     """All kernels of one layer, for steps of so many tokens."""
-    widths = bench_models.widths(config)
-    linear = [(widths[names[0]][0], tuple(widths[n][1] for n in names)) for names in MERGED]
+    of = widths(config)
+    linear = [(of[names[0]][0], tuple(of[name][1] for name in names)) for names in MERGED]
     return [
         Shape(op, width, outputs, number)
         for number in tokens
@@ -140,6 +144,7 @@ class Bench:
         torch.set_default_device(self.device)
 
     def default(self, shape: Shape) -> Config:
+        """What vLLM launches it with by itself."""
         shrinks = shape.op == "shrink"
         return dict(
             self._default(
@@ -228,8 +233,9 @@ class Bench:
         """Of one kernel, in a CUDA graph: the median of some runs."""
         torch, calls = self.torch, self.calls(shape, config, active)
         if self.options.tiny:
+            calls[0]()
             return 1.0
-        for call in calls[1:]:
+        for call in calls:  # compiled, and all that vLLM remembers is there before the capture
             call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -284,7 +290,9 @@ def search(bench: Bench, shape: Shape) -> Row:
     """The default and the fastest."""
     default = bench.default(shape)
     took = {}
-    tried = islice(candidates(shape, bench.options.rank), 2 if bench.options.tiny else None)
+    tried = itertools.islice(
+        candidates(shape, bench.options.rank), 2 if bench.options.tiny else None
+    )
     for config in (config for config in tried if bench.works(shape, config)):
         took[json.dumps(config)] = bench.microseconds(shape, config)
     fastest = [json.loads(text) for text in sorted(took, key=took.__getitem__)[:5]]
@@ -355,7 +363,7 @@ def main() -> int:
     options = parse()
     rig.stop_politely()
     began = time.perf_counter()
-    config: dict[str, Any] = TINY if options.tiny else bench_models.find_config(options.model)
+    config: dict[str, Any] = TINY if options.tiny else find_config(options.model)
     layers = config["num_hidden_layers"]
     every = shapes(config, (16, 160)) if options.tiny else shapes(config)
     bench = Bench(options)
@@ -367,10 +375,7 @@ def main() -> int:
         record.add(search(bench, shape))
     gpu = "CPU" if options.tiny else bench.torch.cuda.get_device_name()
     write(options.folder, gpu, options, record.rows)
-    print(
-        f"{time.perf_counter() - began:.0f} s\n{table(record.rows, config['num_hidden_layers'])}",
-        flush=True,
-    )
+    print(f"{time.perf_counter() - began:.0f} s\n{table(record.rows, layers)}", flush=True)
     return 0
 
 
