@@ -32,7 +32,10 @@ class Turns:
 
     @asynccontextmanager
     async def taken(self, interest: Interest) -> AsyncIterator[None]:
-        """Wait for a turn, and have it for the length of the block."""
+        """Wait for a turn, and have it for the length of the block.
+
+        A wait that is cancelled takes no turn.
+        """
         granted = asyncio.get_running_loop().create_future()
         self._waiting[interest.urgency][granted] = interest
         interest.attach(partial(self._hurry, granted))
