@@ -89,7 +89,7 @@ def write_adapters(
     import torch
     from safetensors.torch import save_file
 
-    of = widths(config)
+    linear = widths(config)
     torch.manual_seed(seed)
     made = []
     for index in range(number):
@@ -97,14 +97,14 @@ def write_adapters(
         target.mkdir(parents=True)
         tensors = {}
         for layer in range(config["num_hidden_layers"]):
-            for module, (in_width, out_width) in of.items():
+            for module, (in_width, out_width) in linear.items():
                 name = f"base_model.model.model.layers.{layer}.{_BLOCKS[module]}.{module}"
                 a = torch.randn(rank, in_width, dtype=torch.bfloat16) * in_width**-0.5
                 b = torch.randn(out_width, rank, dtype=torch.bfloat16) * 0.1
                 tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, b
         save_file(tensors, target / "adapter_model.safetensors")
         lora = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
-        lora["target_modules"] = sorted(of)
+        lora["target_modules"] = sorted(linear)
         (target / "adapter_config.json").write_text(json.dumps(lora))
         made.append(target)
     return made
