@@ -1,13 +1,14 @@
 """Adapters that nobody has seen arrive at random: how long until each is in host memory?
 
-    python -m benchmarks.bench_burst [--rates 4 8] [--seeds 0 1 2 3] [--adapters 24] [--json FILE]
+    python -m benchmarks.bench_burst [--rates 4 8] [--seeds 0 1 2 3] [--adapters 24] [--rank 16]
+        [--json FILE]
 
-As after a start, when nearly every request is for another adapter.  They are of rank 16, of all
-linear layers of Llama-3.1-8B (84 MB), in the page cache, and resolved; the packer and the arena are
-the real ones, and nothing is kept on disk.  The workers are not: there is no GPU, and a message to
-lock an image's pages is answered after 20 ms.  (By what `spike_arena.py` measured on an H100's
-machine, 84 MB would take 3 ms if they were written before, and 50 if not.)  One adapter is loaded
-beforehand, then nothing happens for a second.
+As after a start, when nearly every request is for another adapter.  They are of rank 16 (or another
+one), of all linear layers of Llama-3.1-8B (84 MB), in the page cache, and resolved; the packer and
+the arena are the real ones, and nothing is kept on disk.  The workers are not: there is no GPU, and
+a message to lock an image's pages is answered after 20 ms.  (By what `spike_arena.py` measured on
+an H100's machine, 84 MB would take 3 ms if they were written before, and 50 if not.)  One adapter is
+loaded beforehand, then nothing happens for a second.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ from lora_cache.engines.resident import wire
 from lora_cache.engines.resident.host_images import HostImages, LoadTimes
 from lora_cache.sources.local import LocalSource
 
-RANK = 16
 LOCK_S = 0.02
 
 
@@ -45,11 +45,11 @@ class NoWorkers:
         return []
 
 
-async def burst(adapters: list[Adapter], rate: float, seed: int) -> Row:
+async def burst(adapters: list[Adapter], rank: int, rate: float, seed: int) -> Row:
     """The first one alone; then the others, at random."""
     waits: list[float] = []
     rng = random.Random(seed)
-    async with bench((LAYOUT.max_nbytes(RANK) + (1 << 20)) * (len(adapters) + 6)) as packer:
+    async with bench((LAYOUT.max_nbytes(rank) + (1 << 20)) * (len(adapters) + 6)) as packer:
         images = HostImages(cast(Any, NoWorkers()), packer.arena, packer.line)
 
         async def stage(number: int) -> None:
@@ -73,15 +73,17 @@ def main() -> int:
     parser.add_argument("--rates", type=float, nargs="+", default=[4, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--adapters", type=int, default=24)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as work:
-        paths = write_adapters(Path(work), options.adapters, RANK, 0)
+        paths = write_adapters(Path(work), options.adapters, options.rank, 0)
         source = LocalSource()
         adapters = [source.resolve(AdapterRef.local(path)) for path in paths]
         for rate in options.rates:
-            rows += [asyncio.run(burst(adapters, rate, seed)) for seed in options.seeds]
+            for seed in options.seeds:
+                rows.append(asyncio.run(burst(adapters, options.rank, rate, seed)))
     table = Table(title="from the question until an adapter is in host memory, ms")
     for column in ("arrivals/s", "seed", "median", "ninth decile", "longest"):
         table.add_column(column, justify="right")

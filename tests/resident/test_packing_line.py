@@ -6,6 +6,8 @@ import asyncio
 import mmap
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -192,3 +194,23 @@ def test_a_packer_that_dies_while_it_brings_in_pages(adapter: Adapter) -> None:
             assert arena.used == 0
 
     run(main())
+
+
+_FREEZES = """
+import gc, os, sys, threading, time
+from lora_cache.engines.resident import packer
+
+threading.Thread(target=packer.main, args=(sys.argv[1:],), daemon=True).start()
+while not (gc.get_freeze_count() and gc.isenabled()):
+    time.sleep(0.01)
+os._exit("torch" not in sys.modules or gc.get_freeze_count() < len(gc.get_objects()))
+"""
+
+
+def test_what_imports_brought_is_not_looked_through_for_garbage() -> None:
+    """It would be, once, amid the packing, and everybody would wait for 0.1 s."""
+    arena = Arena(1 << 20)
+    command = [sys.executable, "-c", _FREEZES, str(arena.fd), str(arena.nbytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(arena.fd,)) as process:
+        assert process.wait(60) == 0
+    arena.close()

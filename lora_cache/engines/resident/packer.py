@@ -8,10 +8,12 @@ standard input, and ends with it: whoever started it may die in any way.
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 
 from lora_cache.engines.resident import jobs
@@ -19,7 +21,18 @@ from lora_cache.engines.resident.image_store import ImageStore
 from lora_cache.engines.resident.workshop import Workshop
 
 
+def _import() -> None:
+    """Bring in torch, which takes longer than an image does, before the first job needs it."""
+    import_module("lora_cache.engines.resident.packing")
+    # What imports have brought stays: to look through it for garbage takes 0.1 s, and all packing
+    # waits.
+    gc.freeze()
+    gc.enable()
+
+
 def main(arguments: list[str]) -> None:
+    gc.disable()
+    threading.Thread(target=_import, name="lora-cache-imports", daemon=True).start()
     fd, nbytes = map(int, arguments[:2])
     store = ImageStore(Path(arguments[2]), int(arguments[3])) if arguments[2:] else None
     # Nothing that a library prints may get between the answers.

@@ -8,7 +8,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from importlib import import_module
 from queue import PriorityQueue, SimpleQueue
 
 from lora_cache.engines.resident import jobs
@@ -51,8 +50,6 @@ class Workshop:
         self._saves: SimpleQueue[tuple[int, str, list[_Kept]]] = SimpleQueue()
         self._may_save = threading.Semaphore(_MOST_SAVING)
         self._hands = Hands()
-        # torch takes longer to come than an image does: it is there when the first job is.
-        self._start(lambda: import_module("lora_cache.engines.resident.packing"), "imports")
         for _ in range(min(_MOST_JOBS, max(1, core_count() // 4))):
             self._start(self._work, "packs")
         self._start(self._save, "saves")
@@ -67,7 +64,7 @@ class Workshop:
         else:
             self._jobs.put((not job.wanted.urgent, job.job, job))
 
-    def _start(self, work: Callable[[], object], name: str) -> None:
+    def _start(self, work: Callable[[], None], name: str) -> None:
         threading.Thread(target=work, name=f"lora-cache-{name}", daemon=True).start()
 
     def _work(self) -> None:
