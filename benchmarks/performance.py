@@ -111,6 +111,11 @@ def serving(raw: Row) -> str:
     return f"{found}\n\n{table(heads, compared)}" if compared else found
 
 
+def warm(raw: Row) -> str:
+    """The warm rows of a measurement that had others, too."""
+    return serving({"rows": [row for row in raw["rows"] if row["row"] == "warm"]})
+
+
 def _start(row: Row) -> str:
     return f"{row['row']}, disk" if "page_cache" in row else row["row"]
 
@@ -165,7 +170,10 @@ TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "serving": ("serving_h100.json", serving),
     "serving-seed-1": ("serving_seed1_h100.json", serving),
     "kernels": ("lora_kernels_h100.json", kernels),
-    "serving-tuned": ("serving_tuned_h100.json", serving),
+    "serving-tuned": ("serving_tuned_h100.json", warm),
+    "serving-tuned-seed-2": ("serving_tuned_seed2_h100.json", serving),
+    "serving-tuned-cold": ("serving_tuned_cold_h100.json", serving),
+    "serving-tuned-disk": ("serving_tuned_disk_h100.json", serving),
     "serving-small-graphs": ("serving_small_graphs_h100.json", serving),
     "serving-8-slots": ("serving_8_slots_h100.json", serving),
     "serving-thousand": ("serving_thousand_h100.json", serving),
