@@ -7,8 +7,8 @@ As after a start, when nearly every request is for another adapter.  They are of
 one), of all linear layers of Llama-3.1-8B (84 MB), in the page cache, and resolved; the packer and
 the arena are the real ones, and nothing is kept on disk.  The workers are not: there is no GPU, and
 a message to lock an image's pages is answered after 20 ms.  (By what `spike_arena.py` measured on
-an H100's machine, 84 MB would take 3 ms if they were written before, and 50 if not.)  One adapter is
-loaded beforehand, then nothing happens for a second.
+an H100's machine, 84 MB would take 3 ms if they were written before, and 50 if not.)  One adapter
+is loaded beforehand, then nothing happens for a second.
 """
 
 from __future__ import annotations
