@@ -40,6 +40,7 @@ def limits_of(config: CacheConfig, engine: Capabilities) -> Limits:
         host_bytes=config.host_bytes,
         stages_without_slot=engine.stages_without_slot,
         max_in_flight=engine.max_in_flight,
+        max_speculative=engine.max_speculative,
         drain_after_s=config.drain_after_s,
         retry_s=config.retry_s,
         retry_max_s=config.retry_max_s,

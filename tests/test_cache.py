@@ -339,6 +339,24 @@ class TestOperations:
 
         run(main())
 
+    def test_a_lease_does_not_wait_for_all_that_is_prefetched(self) -> None:
+        """Not even one on the last of them: this engine loads in the order in which it is told."""
+
+        async def main() -> None:
+            async with world(host=12, engine={"load_s": 1.0, "max_speculative": 2}) as w:
+                names = [f"n{number}" for number in range(10)]
+                prefetch = asyncio.ensure_future(w.cache.prefetch(list(map(ref, names))))
+                await settle()
+                asked = [asyncio.ensure_future(w.ask(name)) for name in ("n9", "cold")]
+                await w.clock.advance(4.1)
+                assert all(each.done() for each in asked)
+                assert not prefetch.done()
+                await w.clock.advance(10.0)
+                assert set((await prefetch).values()) == {Tier.HOST, Tier.GPU}
+                assert w.engine.loads.total() == 11
+
+        run(main())
+
     def test_warm_puts_the_first_into_slots(self) -> None:
         async def main() -> None:
             async with world(slots=2, host=4) as w:
@@ -462,6 +480,8 @@ def test_random_traffic_keeps_the_engine_s_rules(seed: int, like: str) -> None:
         engine = {"load_s": 0.3, "activate_s": 0.05, "step_s": 0.02}
         if like == "stock":
             engine |= {"stages_without_slot": False, "max_in_flight": 1}
+        else:
+            engine |= {"max_speculative": 2}
         policy = lambda: RandomPolicy(seed)  # noqa: E731
         async with world(3, 6, engine=engine, policy=policy, drain_after_s=0.5) as w:
             clock = w.clock

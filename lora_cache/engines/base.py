@@ -27,6 +27,8 @@ class Capabilities:
         max_rank: highest rank that a slot can hold.
         stages_without_slot: it can bring an adapter into host memory without using a slot.
         max_in_flight: transitions that it works on at a time, or None for no limit.
+        max_speculative: how many it should be given at a time that nobody waits for: it works on
+            them in order, and what somebody waits for might come after them.
         tensor_parallel: copies of each adapter in host memory (one a rank).
         widths: input and output width of the base model's linear layers, by module name, as far
             as they are known.
@@ -40,6 +42,7 @@ class Capabilities:
     max_rank: int
     stages_without_slot: bool = True
     max_in_flight: int | None = None
+    max_speculative: int | None = None
     tensor_parallel: int = 1
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ class Want(Enum):
     LEASE = "lease"  #: a slot, for as long as the ticket is held; waits its turn
     PIN_GPU = "pin gpu"  #: a slot, until unpinned; waits its turn
     PIN_HOST = "pin host"  #: host memory, until unpinned; waits its turn
-    STAGE = "stage"  #: host memory, if there is room; never waits for others to leave
+    STAGE = "stage"  #: host memory, if there is room; waits its turn, never for others to leave
 
     def __init__(self, text: str) -> None:
         #: The tier that the copy must be ready in.
@@ -155,6 +155,7 @@ class Limits:
         max_in_flight: transitions that the engine works on at a time, or None.  Where it is one,
             every decision waits for the last one's outcome, which costs nothing (the engine
             would queue it) and lets a request that comes meanwhile overtake speculation.
+        max_speculative: of those that nobody waits for, how many at a time, or None.
         drain_after_s: seconds that the oldest waiter waits before a victim takes no new leases.
         retry_s: seconds before a failed load is tried again; doubles with each failure.
         retry_max_s: upper bound of that.
@@ -166,6 +167,7 @@ class Limits:
     host_bytes: int | None = None
     stages_without_slot: bool = True
     max_in_flight: int | None = None
+    max_speculative: int | None = None
     drain_after_s: float = DRAIN_AFTER_S
     retry_s: float = 1.0
     retry_max_s: float = 60.0

@@ -12,15 +12,12 @@ fits, and all of it is set aside in one transition, or nothing (`residency.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import count
-from math import inf
 
-from lora_cache.errors import LoraCacheError, PinnedError
+from lora_cache.errors import LoraCacheError
 from lora_cache.key import AdapterKey
 from lora_cache.level import Level
 from lora_cache.planner.actions import (
     Action,
-    Granted,
     Holdings,
     Limits,
     Refused,
@@ -30,9 +27,10 @@ from lora_cache.planner.actions import (
     make_granted,
     make_start,
 )
-from lora_cache.planner.answers import Answers
+from lora_cache.planner.departures import Departures
 from lora_cache.planner.failures import again
 from lora_cache.planner.invariants import check_invariants
+from lora_cache.planner.speculation import Speculation
 from lora_cache.planner.waiting import Demand, Flight, Ticket, Tickets
 from lora_cache.policies import Policy, RemovalReason
 from lora_cache.state import CopyState, Tier
@@ -44,7 +42,7 @@ _EVICTED, _REMOVED = RemovalReason
 _READY = CopyState.READY
 
 
-class Planner(Answers):
+class Planner(Departures):
     """Decides which adapter is in which tier.
 
     Not thread-safe: one caller at a time.  Tickets are numbers that the caller makes up; each is
@@ -58,14 +56,11 @@ class Planner(Answers):
     def __init__(
         self, limits: Limits, gpu_policy: Policy, host_policy: Policy, *, explains: bool = False
     ) -> None:
-        super().__init__(limits, gpu_policy, host_policy)
-        self._explains = explains
+        super().__init__(limits, gpu_policy, host_policy, explains)
         # False until there is something to refuse a lease for: a budget of bytes, a failed load.
         self._may_refuse = limits.host_bytes is not None
-        self._flights: dict[int, Flight] = {}
         self._loading: dict[AdapterKey, Flight] = {}  # flights by newcomer
-        self._max_in_flight = inf if limits.max_in_flight is None else limits.max_in_flight
-        self._ops = count(1)
+        self._speculation = Speculation(limits.max_speculative)
 
     # ------------------------------------------------------------------ events: callers
 
@@ -84,26 +79,13 @@ class Planner(Answers):
             residency.add_lease(key, now)
             self.counters.slot_hits += 1
             return [make_granted((ticket, _GPU))]
-        request = Ticket(ticket, key, nbytes, want, now)
-        if want is not _LEASE or self._may_refuse:
-            if error := self._refusal(request, now):
-                return [Refused(ticket, error)]
-            residency.pins.announce(request)
-        flight = self._loading.get(key)
-        if want is not _LEASE and residency.is_ready(key, want.tier):
-            self._grant(request, residency.found_in(key), now)
-        elif flight and (want.tier is _HOST or flight.move.to is _GPU):
-            flight.tickets[ticket] = request
-        elif start := self._start_at_once(request, now):
-            return [start]
-        else:
-            self.waiting.join(request)
-            self._pump(now)
-        return self._take_actions()
+        start = self._ask(Ticket(ticket, key, nbytes, want, now), now)
+        return [start] if start else self._take_actions()
 
     def cancel(self, ticket: int, now: float) -> list[Action]:
         """The caller does not wait any more.  A load that is under way runs to its end."""
         self.residency.pins.withdraw(ticket)
+        self._speculation.withdraw(ticket)
         if request := self.waiting.tickets.get(ticket):
             self.waiting.leave(request)
             self._pump(now)
@@ -198,6 +180,8 @@ class Planner(Answers):
         in_motion = residency.unloading or residency.may_drain or self.squeeze.active
         if in_motion or self.waiting.demands:
             self._after_flight(move, now)
+        if flight.speculative:
+            self._next_speculation(now)
         actions, self._actions = self._actions, []
         return actions
 
@@ -240,6 +224,8 @@ class Planner(Answers):
         for key in (*move.demote, *move.drop):
             self._grant_waiting(key, now)
         self._after_flight(move, now)
+        if flight.speculative:
+            self._next_speculation(now)
         return self._take_actions()
 
     def reconcile(self, holdings: Holdings, now: float) -> list[Action]:
@@ -289,6 +275,9 @@ class Planner(Answers):
             held=self._held,
             moves=[flight.move for flight in self._flights.values()],
         )
+        self._speculation.check()
+        speculative = [flight for flight in self._flights.values() if flight.speculative]
+        assert len(speculative) == self._speculation.under_way
 
     # ------------------------------------------------------------------ serving the line
 
@@ -327,9 +316,33 @@ class Planner(Answers):
                 self._refuse_speculation(demand)
         self._balance_drains(now)
 
-    @property
-    def _is_busy(self) -> bool:
-        return len(self._flights) >= self._max_in_flight
+    def _ask(self, request: Ticket, now: float) -> Start | None:
+        """Answer a request, or see to it that it is answered; a load for it may begin at once."""
+        key, want, residency = request.key, request.want, self.residency
+        if want is not _LEASE or self._may_refuse:
+            if error := self._refusal(request, now):
+                self._actions.append(Refused(request.number, error))
+                return None
+            residency.pins.announce(request)
+        flight = self._loading.get(key)
+        if want is not _LEASE and residency.is_ready(key, want.tier):
+            self._grant(request, residency.found_in(key), now)
+        elif flight and (want.tier is _HOST or flight.move.to is _GPU):
+            flight.tickets[request.number] = request
+        elif want is _STAGE and self._speculation.is_full:
+            self._speculation.put_off(request)
+        elif start := self._start_at_once(request, now):
+            return start
+        else:
+            self.waiting.join(request)
+            self._pump(now)
+        return None
+
+    def _next_speculation(self, now: float) -> None:
+        """A load that nobody waited for has ended: begin what was put off."""
+        self._speculation.under_way -= 1
+        while request := self._speculation.take():
+            self._ask(request, now)
 
     def _start_at_once(self, request: Ticket, now: float) -> Start | None:
         """Do for a lease what joining an empty line and serving it would, without the line."""
@@ -355,67 +368,12 @@ class Planner(Answers):
         move = self.residency.bring_in(self._ops, key, nbytes, slot, spec, now)
         if move is None:
             return None
-        self._loading[key] = self._flights[move.op] = Flight(move, source, nbytes, tickets)
+        flight = Flight(move, source, nbytes, tickets, speculative=spec)
+        self._loading[key] = self._flights[move.op] = flight
+        self._speculation.under_way += spec
         return make_start((move, self.residency.choices(move, now) if self._explains else ()))
 
     def _after_flight(self, move: Transition, now: float) -> None:
         for key in (*move.involved, *self.residency.unloading):
             self._advance_unload(key, now)
         self._pump(now)
-
-    # ------------------------------------------------------------------ draining, unloading
-
-    def _balance_drains(self, now: float) -> None:
-        """Keep as many victims draining as there are adapters that have waited too long.
-
-        An adapter that loses a copy to an older waiter's load counts, too: it will need a slot as
-        soon as that has ended, and a victim that took new leases meanwhile would be late for it.
-        """
-        overdue = 0
-        for demand in self.waiting.demands.values():
-            if demand.since + self.limits.drain_after_s > now or overdue == self.limits.slots:
-                break
-            overdue += 1
-        drained, spared = self.residency.balance_drains(overdue, now)
-        self.counters.drains += drained
-        for key in spared:
-            self._undrain(key, now)
-
-    def _advance_unload(self, key: AdapterKey, now: float) -> None:
-        """The next step of an unload: wait for a load, drain, drop, report; or give it up."""
-        tickets = self.residency.unloading.get(key)
-        if tickets is None or self.residency.is_moving(key):
-            return
-        if not tickets or key not in self.residency.host:
-            del self.residency.unloading[key]
-            self._actions += [Granted(ticket, _DISK) for ticket in tickets]
-            self._undrain(key, now)
-        elif key in self.residency.pins:
-            del self.residency.unloading[key]
-            for ticket in tickets:
-                error = PinnedError(f"{key} is pinned: unpin it before unloading", key=key)
-                self._actions.append(Refused(ticket, error))
-            self._undrain(key, now)
-        else:
-            self.residency.drain(key, now)
-            if key not in self.residency.leases and not self._is_busy:
-                self._drop([key], now)
-
-    def _give_back(self, now: float) -> None:
-        """Bring host memory down to its budget, as far as anybody may leave."""
-        if resized := self.squeeze.advance(now):
-            self._actions.append(resized)
-        if not self._is_busy and (surplus := self.squeeze.surplus(now)):
-            self._drop(surplus, now, gives_back=True)
-
-    def _gave_back(self, keys: Iterable[AdapterKey]) -> None:
-        for copy in filter(None, map(self.residency.host.get, keys)):
-            self.counters.given_back += 1
-            self.counters.given_back_bytes += copy.nbytes
-
-    def _drop(self, keys: list[AdapterKey], now: float, gives_back: bool = False) -> None:
-        move = Transition(next(self._ops), drop=tuple(keys))
-        self._flights[move.op] = Flight(move, _HOST, gives_back=gives_back)
-        self.residency.begin_drop(move, now)
-        explains = gives_back and self._explains
-        self._actions.append(Start(move, self.residency.choices(move, now) if explains else ()))

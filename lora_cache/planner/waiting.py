@@ -78,6 +78,7 @@ class Flight:
         source: where the newcomer was found.
         nbytes: what it is charged in host memory.
         gives_back: it drops copies because memory is scarce.
+        speculative: nobody waited for it when it began.
     """
 
     move: Transition
@@ -85,6 +86,7 @@ class Flight:
     nbytes: int = 0
     tickets: Tickets = field(default_factory=dict)
     gives_back: bool = False
+    speculative: bool = False
 
 
 class WaitingLine:

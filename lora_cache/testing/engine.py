@@ -35,6 +35,7 @@ class FakeEngine:
         host_entries: capacity of host memory, in adapters.
         stages_without_slot: True like the resident engine, or False like the stock one.
         max_in_flight: None like the resident engine, or 1 like the stock one.
+        max_speculative: loads at a time that nobody waits for; None for any number.
         load_s: how long a read from disk takes, on `clock`; 0 takes no time at all.
         activate_s: how long a write into a slot takes.
         step_s: how long one token takes.
@@ -56,6 +57,7 @@ class FakeEngine:
         max_rank: int = 64,
         stages_without_slot: bool = True,
         max_in_flight: int | None = None,
+        max_speculative: int | None = None,
         load_s: float = 0.0,
         activate_s: float = 0.0,
         step_s: float = 0.0,
@@ -71,6 +73,7 @@ class FakeEngine:
             max_rank=max_rank,
             stages_without_slot=stages_without_slot,
             max_in_flight=max_in_flight,
+            max_speculative=max_speculative,
         )
         self.load_s, self.activate_s, self.step_s = load_s, activate_s, step_s
         self.tokens = tokens

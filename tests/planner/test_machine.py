@@ -37,16 +37,28 @@ class PlannerMachine(RuleBasedStateMachine):
         host_bytes=st.sampled_from([None, 6, 12]),
         stages=st.booleans(),
         max_in_flight=st.sampled_from([None, 1]),
+        max_speculative=st.sampled_from([None, 1, 2]),
         gpu_policy=POLICIES,
         host_policy=POLICIES,
     )
-    def start(self, slots, spare, host_bytes, stages, max_in_flight, gpu_policy, host_policy):  # type: ignore[no-untyped-def]
+    def start(  # type: ignore[no-untyped-def]
+        self,
+        slots,
+        spare,
+        host_bytes,
+        stages,
+        max_in_flight,
+        max_speculative,
+        gpu_policy,
+        host_policy,
+    ):
         limits = Limits(
             slots,
             slots + spare,
             host_bytes,
             stages_without_slot=stages,
             max_in_flight=max_in_flight,
+            max_speculative=max_speculative,
             drain_after_s=5.0,
             retry_s=2.0,
             shrink_every_s=4.0,

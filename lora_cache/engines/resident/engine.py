@@ -47,6 +47,8 @@ _IMAGE_BYTES = 2
 #: Images beyond the budget: a newcomer is packed before its victim leaves.
 _SLACK_IMAGES = 4
 _KEPT_TIMES = 1000
+#: One is packed while the pages of the next come.
+_SPECULATIVE = 2
 
 
 class ResidentEngine(ManagedVllm):
@@ -398,6 +400,7 @@ def _read_capabilities(config: Any) -> Capabilities:
         max_rank=int(lora.max_lora_rank),
         stages_without_slot=True,
         max_in_flight=None,
+        max_speculative=_SPECULATIVE,
         tensor_parallel=int(config.parallel_config.tensor_parallel_size),
         widths=widths_of(config.model_config),
     )
