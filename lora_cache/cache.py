@@ -247,7 +247,8 @@ class AsyncLoraCache:
     ) -> Tier | dict[str, Tier]:
         """Bring adapters nearer before they are asked for, disturbing nobody who holds a lease.
 
-        They are fetched `fetch_workers` at a time; a lease that waits for one overtakes the rest.
+        A few are fetched, digested and loaded at a time; a lease overtakes them, also on one of
+        those that have not begun.
 
         Args:
             adapters: one, or several.

@@ -58,7 +58,8 @@ def test_what_is_on_its_way_or_there_needs_no_turn() -> None:
     lease = driver.acquire(5)
     again = [driver.acquire(each, Want.STAGE) for each in (1, 5)]
     driver.complete(max(driver.flights))
-    assert lease in driver.leases and again[1] in driver.granted
+    assert lease in driver.leases
+    assert again[1] in driver.granted
     assert driver.granted[driver.acquire(5, Want.STAGE)].served_from is Tier.GPU
     driver.complete(max(driver.flights))
     assert again[0] in driver.granted
