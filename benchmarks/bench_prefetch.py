@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import tempfile
 import time
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ async def measure(root: Path, options: argparse.Namespace) -> list[Row]:
         await server.close()
     finally:
         engine.shutdown()
+        gc.unfreeze()  # see `start_vllm`; what is never collected complains when Python ends
     return [
         {"adapters": "digested" if digested else "new", "asked": asked} | _spread(turns)
         for (digested, asked), turns in found.items()

@@ -247,8 +247,8 @@ class AsyncLoraCache:
     ) -> Tier | dict[str, Tier]:
         """Bring adapters nearer before they are asked for, disturbing nobody who holds a lease.
 
-        A few are fetched, digested and loaded at a time; a lease overtakes them, also on one of
-        those that have not begun.
+        A few are fetched, digested and loaded at a time.  A lease overtakes them, even one on an
+        adapter among them, if its load has not begun.
 
         Args:
             adapters: one, or several.

@@ -96,6 +96,8 @@ class Driver:
         if self._clock is None:
             self._clock = LoopClock()
         await self._engine.attach()
+        if self._engine.host_bytes is not None:
+            self._planner.limit_host(self._engine.host_bytes)
         self._engine.watch(self._drifted)
         self._refusal = None
 

@@ -159,7 +159,8 @@ class Snapshot:
 
     Attributes:
         slots: how many slots the engine has for us; `host_entries` likewise for host memory.
-        host_bytes: bytes charged in host memory; `host_bytes_max` is what is configured, or None.
+        host_bytes: bytes charged in host memory; `host_bytes_max` is what is configured, or what
+            the engine has room for, or None.
         memory: how scarce memory is, and what that makes of the budget.
         waiting: callers that wait for a slot or a load, over all adapters.
         adapters: slots first, by index; then host memory, then who only waits.

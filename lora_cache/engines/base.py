@@ -83,6 +83,14 @@ class Engine(Protocol):
         """Fixed for the engine's life."""
         ...
 
+    @property
+    def host_bytes(self) -> int | None:
+        """What it has room for in host memory, in bytes as adapters are charged, once attached.
+
+        None: for any `Capabilities.host_entries` adapters.
+        """
+        ...
+
     async def attach(self) -> None:
         """Take the engine over, emptying it of adapters that others put there.
 

@@ -34,6 +34,7 @@ class ManagedVllm:
     """
 
     _capabilities: Capabilities
+    host_bytes: int | None = None
 
     def __init__(self, target: Any) -> None:
         self._target = target

@@ -12,6 +12,7 @@ fits, and all of it is set aside in one transition, or nothing (`residency.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from lora_cache.errors import LoraCacheError
 from lora_cache.key import AdapterKey
@@ -61,6 +62,12 @@ class Planner(Departures):
         self._may_refuse = limits.host_bytes is not None
         self._loading: dict[AdapterKey, Flight] = {}  # flights by newcomer
         self._speculation = Speculation(limits.max_speculative)
+
+    def limit_host(self, nbytes: int) -> None:
+        """The engine has room for so many bytes in host memory; said before anything is there."""
+        self.limits = replace(self.limits, host_bytes=nbytes)
+        self.residency.host.max_bytes = nbytes
+        self._may_refuse = True
 
     # ------------------------------------------------------------------ events: callers
 

@@ -75,6 +75,7 @@ class FakeEngine:
             max_in_flight=max_in_flight,
             max_speculative=max_speculative,
         )
+        self.host_bytes: int | None = None
         self.load_s, self.activate_s, self.step_s = load_s, activate_s, step_s
         self.tokens = tokens
         self._clock = clock

@@ -58,6 +58,16 @@ def test_slots_and_host_of_one_size_evict_from_both() -> None:
     assert move.demote == move.drop == (key_of(1),)
 
 
+def test_an_engine_may_have_less_room_than_was_known_when_the_planner_was_made() -> None:
+    driver = Driver(Limits(2, 10), nbytes=lambda number: 4)
+    driver.planner.limit_host(10)
+    for number in range(4):
+        driver.use(number)
+    assert driver.host() == {"a2", "a3"}
+    driver.nbytes = lambda number: 11
+    assert isinstance(driver.refused[driver.acquire(9)], UnsupportedAdapterError)
+
+
 def test_host_bytes_take_as_many_victims_as_needed() -> None:
     sizes = {1: 3, 2: 3, 3: 3, 4: 7}
     driver = Driver(Limits(4, 10, host_bytes=10), nbytes=sizes.__getitem__)

@@ -14,6 +14,7 @@ from lora_cache import AsyncLoraCache
 from lora_cache.engines.managed import FOREIGN
 from lora_cache.engines.resident.engine import ResidentEngine
 from lora_cache.errors import ConfigError
+from lora_cache.memory import HostMemory
 from tests.real.parts import write_adapter
 from tests.real.test_stock_engine import greedy, prompt
 from tests.resident.asking import request, runner_of
@@ -107,6 +108,31 @@ def test_what_the_packer_does_not_know_takes_the_slow_path(
             stats = cache.stats()
             assert (stats.disk_loads, stats.activations) == (4, 5 + 3)
             await cache.unload(odd)
+            assert await cache.reconcile() == 0
+
+    run(main())
+
+
+def test_with_little_memory_adapters_leave_in_time(
+    resident_llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody said how much host memory there is: the engine looks, and the cache makes room."""
+    monkeypatch.setattr("lora_cache.memory.host.Host.read", lambda _: HostMemory(1 << 40, 0))
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    paths = [
+        write_adapter(tmp_path / f"large{number}", seed=number, rank=16, targets=every)
+        for number in range(9)
+    ]
+
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            budget = cache.snapshot().host_bytes_max
+            assert budget is not None
+            first = [await answer(cache, path) for path in paths]
+            assert cache.stats().host_evictions >= 9 - 3  # as many of them fit as there are slots
+            assert cache.snapshot().host_bytes <= budget
+            assert [await answer(cache, path) for path in paths] == first
+            assert cache.stats().load_failures == 0
             assert await cache.reconcile() == 0
 
     run(main())

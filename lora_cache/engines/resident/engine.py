@@ -8,7 +8,6 @@ with ``LORA_CACHE_RESIDENT=1`` in its environment (`plugin`).
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -24,6 +23,7 @@ from lora_cache.engines.base import Capabilities, TransitionFailedError
 from lora_cache.engines.managed import FOREIGN, ManagedVllm
 from lora_cache.engines.resident import compat, wire
 from lora_cache.engines.resident.arena import Arena, ArenaFullError
+from lora_cache.engines.resident.budget import budget
 from lora_cache.engines.resident.host_images import HostImages, Image, LoadTimes
 from lora_cache.engines.resident.layout import Layout
 from lora_cache.engines.resident.packing_line import PackingLine
@@ -35,6 +35,7 @@ from lora_cache.errors import (
     EngineError,
     LoraCacheError,
 )
+from lora_cache.memory import Host
 from lora_cache.paths import cache_home
 from lora_cache.planner import Holdings, Transition
 from lora_cache.state import Tier
@@ -42,10 +43,6 @@ from lora_cache.state import Tier
 logger = logging.getLogger(__name__)
 
 _HELLO_S = 60.0
-#: Bytes of an image for each of its file, at most: float32 slots for a file in bfloat16.
-_IMAGE_BYTES = 2
-#: Images beyond the budget: a newcomer is packed before its victim leaves.
-_SLACK_IMAGES = 4
 _KEPT_TIMES = 1000
 #: One is packed while the pages of the next come.
 _SPECULATIVE = 2
@@ -63,6 +60,8 @@ class ResidentEngine(ManagedVllm):
         image_bytes: what they may take there together; 0: none are kept.
 
     Attributes:
+        host_bytes: as given; if None was, what there is room for, unless that is enough for
+            ``max_cpu_loras`` adapters of the largest rank.
         displaced: how often a slot changed without our word: a request ran that no lease had
             announced, somebody else called vLLM, or vLLM dropped its adapters.
         load_times: where the time of the last loads went, the latest last.
@@ -79,7 +78,7 @@ class ResidentEngine(ManagedVllm):
         image_bytes: int = 0,
     ) -> None:
         super().__init__(target)
-        self._host_bytes = host_bytes
+        self.host_bytes = host_bytes
         self._image_dir = image_dir or cache_home() / "images"
         self._image_bytes = image_bytes
         self._capabilities = _read_capabilities(self._client.vllm_config)
@@ -129,27 +128,13 @@ class ResidentEngine(ManagedVllm):
         layouts = [
             msgspec.msgpack.decode(worker.hello.layout, type=Layout) for worker in self._workers.all
         ]
-        self._arena = Arena(self._arena_bytes(layouts))
+        found = budget(layouts, self._capabilities, self.host_bytes, Host().read())
+        self.host_bytes = found.host_bytes
+        self._arena = Arena(found.arena_bytes)
         self._line = PackingLine(self._arena, layouts, self._image_dir, self._image_bytes)
         await self._line.start()
         self._images = HostImages(self._workers, self._arena, self._line)
         self._workers.tell(wire.Welcome(self._arena.path, self._arena.nbytes))
-
-    def _arena_bytes(self, layouts: list[Layout]) -> int:
-        """How much the images may take; on a CPU memory is taken only as they are written."""
-        largest = sum(layout.max_nbytes(layout.max_rank) for layout in layouts)
-        wanted = largest * (self._capabilities.host_entries + _SLACK_IMAGES)
-        if self._host_bytes is not None:
-            # Images are padded, and may have a wider dtype than the files.
-            return min(wanted, _IMAGE_BYTES * self._host_bytes + largest * _SLACK_IMAGES)
-        limit = max(_available_bytes() // 2, largest * (self._capabilities.slots + _SLACK_IMAGES))
-        if wanted > limit:
-            logger.warning(
-                "max_cpu_loras=%d adapters of the largest rank would need %.0f GB of host memory: "
-                "%.0f GB are used; say how much you want with host_bytes",
-                self._capabilities.host_entries, wanted / 1e9, limit / 1e9,
-            )  # fmt: skip
-        return min(wanted, limit)
 
     async def detach(self) -> None:
         if self._disclaim():
@@ -375,14 +360,6 @@ class ResidentEngine(ManagedVllm):
         if isinstance(error, WorkerLostError) or self._lost:
             return EngineDeadError(f"{what}: the engine has died; build a new engine and cache")
         return self._map(error, what, key)
-
-
-def _available_bytes() -> int:
-    """Memory that could be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _is_foreign(key: AdapterKey) -> bool:

@@ -1,0 +1,71 @@
+"""How much host memory the images of adapters may take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lora_cache.engines.base import Capabilities
+from lora_cache.engines.resident.layout import Layout
+from lora_cache.memory import HostMemory
+
+logger = logging.getLogger(__name__)
+
+#: Bytes of an image for each of its file, at most: float32 slots for a file in bfloat16.
+_IMAGE_BYTES = 2
+#: Of a number in nearly all files (float16, bfloat16), and in the largest (float32).
+_FILE_BYTES, _LARGEST_FILE_BYTES = 2, 4
+#: Images beyond the budget: a newcomer is packed before its victim leaves.
+_SLACK_IMAGES = 4
+
+
+class Budget(NamedTuple):
+    """In bytes.
+
+    Attributes:
+        arena_bytes: of the arena; memory is taken only as images are written.
+        host_bytes: what there may be in it, as adapters are charged; None: what
+            ``max_cpu_loras`` allows.
+    """
+
+    arena_bytes: int
+    host_bytes: int | None
+
+
+def budget(
+    layouts: Sequence[Layout],
+    capabilities: Capabilities,
+    host_bytes: int | None,
+    memory: HostMemory | None,
+) -> Budget:
+    """How much the images may take.
+
+    Args:
+        layouts: one a worker.
+        host_bytes: what the caller wants, if anything.  Otherwise they may take half of what is
+            left of the memory, but at least the slots' worth.
+        memory: what is left; None if that is not known.
+    """
+    largest = sum(layout.max_nbytes(layout.max_rank) for layout in layouts)
+    slack = largest * _SLACK_IMAGES
+    wanted = largest * capabilities.host_entries + slack
+    if host_bytes is None:
+        left = memory.available // 2 if memory else 0
+        left = max(left, largest * capabilities.slots + slack)
+        if wanted <= left:
+            return Budget(wanted, None)
+        item_bytes = layouts[0].item_bytes
+        host_bytes = (left - slack) // max(1, item_bytes // _FILE_BYTES)
+        # Whatever the files have, the slots can be filled.
+        charged = largest * max(1, _LARGEST_FILE_BYTES // item_bytes)
+        host_bytes = max(host_bytes, charged * capabilities.slots)
+        logger.warning(
+            "max_cpu_loras=%d adapters of the largest rank would need %.1f GB of host memory, and "
+            "half of what is left is %.1f GB (%s): it holds %.1f GB of adapters; say how much you "
+            "want with host_bytes",
+            capabilities.host_entries, wanted / 1e9, left / 1e9,
+            memory.limited_by if memory else "not known", host_bytes / 1e9,
+        )  # fmt: skip
+    # Images are padded, may have a wider dtype than the files, and the arena may be in pieces.
+    return Budget(min(wanted, _IMAGE_BYTES * host_bytes + slack), host_bytes)
