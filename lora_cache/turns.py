@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -10,7 +11,8 @@ from functools import partial
 from lora_cache.store.disk import Interest
 from lora_cache.store.pool import Urgency
 
-_Waiting = dict[asyncio.Future[None], Interest]
+# Ordered: the first of a dict is found in time that grows with what has left it.
+_Waiting = OrderedDict[asyncio.Future[None], Interest]
 
 
 class Turns:
@@ -27,7 +29,7 @@ class Turns:
     def __init__(self, count: int, speculative: int) -> None:
         self._count = count
         self._speculative = speculative
-        self._waiting: dict[Urgency, _Waiting] = {urgency: {} for urgency in Urgency}
+        self._waiting: dict[Urgency, _Waiting] = {urgency: _Waiting() for urgency in Urgency}
         self._working: list[Interest] = []
 
     @asynccontextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lora_cache.planner.waiting import Ticket, Tickets
+from collections import OrderedDict
+
+from lora_cache.planner.waiting import Ticket
 
 
 class Speculation:
@@ -20,7 +22,8 @@ class Speculation:
 
     def __init__(self, most: int | None) -> None:
         self._most = most
-        self._later: Tickets = {}
+        # Ordered: the first of a dict is found in time that grows with what has left it.
+        self._later: OrderedDict[int, Ticket] = OrderedDict()
         self.under_way = 0
 
     @property
@@ -39,7 +42,7 @@ class Speculation:
         """Whose turn it is now, if there is one; it is no longer put off."""
         if self.is_full or not self._later:
             return None
-        return self._later.pop(next(iter(self._later)))
+        return self._later.popitem(last=False)[1]
 
     def check(self) -> None:
         """Assert that nobody is put off without need."""
