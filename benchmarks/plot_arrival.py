@@ -30,7 +30,7 @@ PARTS = {
     "copied": ("copy", "#009E73"),
     "scattered": ("scatter", "#5B4B8A"),
     "told": ("messages", "#A6761D"),
-    "published": ("command and publish", "#D55E00"),
+    "published": ("publish", "#D55E00"),
     "load": ("vLLM's load", "#7F7F7F"),
     "rest": ("decide", "#B8C0C8"),
     "first_token": ("first token", "#E3E7EC"),
