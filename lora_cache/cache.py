@@ -298,7 +298,12 @@ class AsyncLoraCache:
 
         The first ones end up in slots, the next ones in host memory, as far as there is room;
         the rest is only validated.  Returns the tier of each, by the name it was given.
+
+        Raises:
+            AdapterError, SourceError, StoreError: of several, the first one's; none is loaded.
         """
+        adapters = list(adapters)
+        await self.prefetch(adapters, tier="disk")  # several at a time
         named = [(str(adapter), await self._resolve(adapter)) for adapter in adapters]
         fitting = named[: self._limits.host_entries]
         for index, (_, adapter) in reversed(list(enumerate(fitting))):

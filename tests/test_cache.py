@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from lora_cache import AsyncLoraCache, Tier
+from lora_cache.adapter import Adapter, AdapterRef
 from lora_cache.errors import (
     AdapterNotFoundError,
     CacheClosedError,
@@ -354,6 +356,22 @@ class TestOperations:
                 await w.clock.advance(10.0)
                 assert set((await prefetch).values()) == {Tier.HOST, Tier.GPU}
                 assert w.engine.loads.total() == 11
+
+        run(main())
+
+    def test_warm_fetches_several_at_a_time(self) -> None:
+        together = threading.Barrier(4)
+
+        class Slow(FakeSource):
+            def resolve(self, ref: AdapterRef) -> Adapter:
+                together.wait(timeout=10)  # until three others are asked for
+                return super().resolve(ref)
+
+        async def main() -> None:
+            engine, source = FakeEngine(2, 8), Slow()
+            async with AsyncLoraCache(engine, sources={"fake": source}, publish=False) as cache:
+                tiers = await cache.warm([ref(f"n{number}") for number in range(8)])
+                assert list(tiers.values()) == [Tier.GPU] * 2 + [Tier.HOST] * 6
 
         run(main())
 
