@@ -162,7 +162,7 @@ class Snapshot:
         host_bytes: bytes charged in host memory; `host_bytes_max` is what is configured, or what
             the engine has room for, or None.
         memory: how scarce memory is, and what that makes of the budget.
-        waiting: callers that wait for a slot or a load, over all adapters.
+        waiting: callers that wait for a slot, a load or their turn, over all adapters.
         adapters: slots first, by index; then host memory, then who only waits.
         at_s: when, on the cache's clock.
         evictions: the last ones, newest first.
@@ -242,10 +242,7 @@ def snapshot_of(
     """Draw the picture that `AsyncLoraCache.snapshot` returns."""
     gpu, host = planner.residency.gpu, planner.residency.host
     slot_of = {key: index for index, key in engine.slots().items()}
-    queue = {demand.key: len(demand.tickets) for demand in planner.waiting}
-    for move, tickets in planner.loads():
-        queue[move] = queue.get(move, 0) + tickets
-
+    queue = planner.awaited()
     residency, order = planner.residency, planner.residency.order_of_leaving
     leases, pins = residency.leases, residency.pins
     places = {tier: {key: n for n, key in enumerate(order(tier, now), 1)} for tier in _TIERS}

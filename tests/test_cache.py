@@ -349,6 +349,8 @@ class TestOperations:
                 names = [f"n{number}" for number in range(10)]
                 prefetch = asyncio.ensure_future(w.cache.prefetch(list(map(ref, names))))
                 await settle()
+                waiting = w.cache.snapshot()
+                assert (waiting.waiting, waiting.adapters[-1].waiting) == (10, 1)
                 asked = [asyncio.ensure_future(w.ask(name)) for name in ("n9", "cold")]
                 await w.clock.advance(4.1)
                 assert all(each.done() for each in asked)

@@ -11,7 +11,8 @@ fits, and all of it is set aside in one transition, or nothing (`residency.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 from lora_cache.errors import LoraCacheError
@@ -270,9 +271,12 @@ class Planner(Departures):
         """Number of transitions that the engine has not answered."""
         return len(self._flights)
 
-    def loads(self) -> Iterator[tuple[AdapterKey, int]]:
-        """Adapters that are on their way, and how many tickets wait for each."""
-        return ((key, len(flight.tickets)) for key, flight in self._loading.items())
+    def awaited(self) -> dict[AdapterKey, int]:
+        """Adapters that are waited for or on their way, and how many tickets wait for each."""
+        found = Counter({demand.key: len(demand.tickets) for demand in self.waiting})
+        found.update({key: len(flight.tickets) for key, flight in self._loading.items()})
+        found.update(ticket.key for ticket in self._speculation)
+        return found
 
     def check(self) -> None:
         """Assert every invariant that one state can show (tests call this after each event)."""

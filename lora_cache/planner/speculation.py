@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from lora_cache.planner.waiting import Ticket
 
@@ -25,6 +26,10 @@ class Speculation:
         # Ordered: the first of a dict is found in time that grows with what has left it.
         self._later: OrderedDict[int, Ticket] = OrderedDict()
         self.under_way = 0
+
+    def __iter__(self) -> Iterator[Ticket]:
+        """What is put off, the next one first."""
+        return iter(self._later.values())
 
     @property
     def is_full(self) -> bool:
