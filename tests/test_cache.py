@@ -499,7 +499,7 @@ def test_random_traffic_keeps_the_engine_s_rules(seed: int, like: str) -> None:
         rng = random.Random(seed)
         engine = {"load_s": 0.3, "activate_s": 0.05, "step_s": 0.02}
         if like == "stock":
-            engine |= {"stages_without_slot": False, "max_in_flight": 1}
+            engine |= {"stages_without_slot": False, "max_in_flight": 1, "max_speculative": 1}
         else:
             engine |= {"max_speculative": 2}
         policy = lambda: RandomPolicy(seed)  # noqa: E731

@@ -193,6 +193,7 @@ def _read_capabilities(config: Any) -> Capabilities:
         max_rank=int(lora.max_lora_rank),
         stages_without_slot=False,
         max_in_flight=1,
+        max_speculative=1,
         tensor_parallel=int(config.parallel_config.tensor_parallel_size),
         widths=widths_of(config.model_config),
     )

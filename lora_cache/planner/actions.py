@@ -153,8 +153,8 @@ class Limits:
         host_bytes: bytes of host memory, or None for no limit but `host_entries`.
         stages_without_slot: the engine can bring an adapter into host memory without a slot.
         max_in_flight: transitions that the engine works on at a time, or None.  Where it is one,
-            every decision waits for the last one's outcome, which costs nothing (the engine
-            would queue it) and lets a request that comes meanwhile overtake speculation.
+            every decision waits for the last one's outcome, which costs nothing: the engine
+            would queue it.
         max_speculative: of those that nobody waits for, how many at a time, or None.
         drain_after_s: seconds that the oldest waiter waits before a victim takes no new leases.
         retry_s: seconds before a failed load is tried again; doubles with each failure.

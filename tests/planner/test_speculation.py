@@ -96,3 +96,19 @@ def test_when_memory_grows_scarce_none_gets_a_turn() -> None:
     driver.press()
     driver.acquire(7, Want.STAGE)
     assert loading(driver) == ["a7"]
+
+
+def test_an_engine_that_loads_one_at_a_time_loads_what_is_waited_for_next() -> None:
+    limits = Limits(
+        4, 8, stages_without_slot=False, max_in_flight=1, max_speculative=1
+    )  # like stock
+    driver = Driver(limits)
+    for number in range(4):
+        driver.acquire(number, Want.STAGE)
+    driver.acquire(9)
+    driver.acquire(3)
+    order = []
+    while driver.flights:
+        order += loading(driver)
+        driver.complete()
+    assert order == ["a0", "a9", "a3", "a1", "a2"]
