@@ -49,6 +49,11 @@ class Speculation:
             return None
         return self._later.popitem(last=False)[1]
 
-    def check(self) -> None:
-        """Assert that nobody is put off without need."""
+    def check(self, under_way: int) -> None:
+        """Assert that nobody is put off without need.
+
+        Args:
+            under_way: how many there really are.
+        """
+        assert self.under_way == under_way, "a turn was lost"
         assert self.is_full or not self._later, "a prefetch has missed its turn"

@@ -99,10 +99,8 @@ def test_when_memory_grows_scarce_none_gets_a_turn() -> None:
 
 
 def test_an_engine_that_loads_one_at_a_time_loads_what_is_waited_for_next() -> None:
-    limits = Limits(
-        4, 8, stages_without_slot=False, max_in_flight=1, max_speculative=1
-    )  # like stock
-    driver = Driver(limits)
+    like_stock = Limits(4, 8, stages_without_slot=False, max_in_flight=1, max_speculative=1)
+    driver = Driver(like_stock)
     for number in range(4):
         driver.acquire(number, Want.STAGE)
     driver.acquire(9)

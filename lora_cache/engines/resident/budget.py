@@ -51,20 +51,19 @@ def budget(
     slack = largest * _SLACK_IMAGES
     wanted = largest * capabilities.host_entries + slack
     if host_bytes is None:
-        left = memory.available // 2 if memory else 0
-        left = max(left, largest * capabilities.slots + slack)
-        if wanted <= left:
+        half = memory.available // 2 if memory else 0
+        if wanted <= half:
             return Budget(wanted, None)
         item_bytes = layouts[0].item_bytes
-        host_bytes = (left - slack) // max(1, item_bytes // _FILE_BYTES)
-        # Whatever the files have, the slots can be filled.
+        host_bytes = (half - slack) // max(1, item_bytes // _FILE_BYTES)
+        # The slots can be filled, whatever the files have.
         charged = largest * max(1, _LARGEST_FILE_BYTES // item_bytes)
         host_bytes = max(host_bytes, charged * capabilities.slots)
         logger.warning(
             "max_cpu_loras=%d adapters of the largest rank would need %.1f GB of host memory, and "
-            "half of what is left is %.1f GB (%s): it holds %.1f GB of adapters; say how much you "
-            "want with host_bytes",
-            capabilities.host_entries, wanted / 1e9, left / 1e9,
+            "half of what is left is %.1f GB (%s): %.1f GB of adapters are held at most; say how "
+            "much you want with host_bytes",
+            capabilities.host_entries, wanted / 1e9, half / 1e9,
             memory.limited_by if memory else "not known", host_bytes / 1e9,
         )  # fmt: skip
     # Images are padded, may have a wider dtype than the files, and the arena may be in pieces.

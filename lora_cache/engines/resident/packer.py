@@ -23,11 +23,13 @@ from lora_cache.engines.resident.workshop import Workshop
 
 def _import() -> None:
     """Bring in torch, which takes longer than an image does, before the first job needs it."""
-    import_module("lora_cache.engines.resident.packing")
-    # What imports have brought stays: to look through it for garbage takes 0.1 s, and all packing
-    # waits.
-    gc.freeze()
-    gc.enable()
+    try:
+        import_module("lora_cache.engines.resident.packing")
+    finally:
+        # What imports have brought stays: to look through it for garbage takes 0.1 s, and all
+        # packing waits.
+        gc.freeze()
+        gc.enable()
 
 
 def main(arguments: list[str]) -> None:
