@@ -3,7 +3,7 @@
     python -m benchmarks.bench_prefetch [--adapters 40] [--rank 64] [--turns 5] [--json FILE]
 
 The resident engine under a real vLLM on this machine's CPU, shapes of SmolLM2-135M, random adapters
-of all linear layers (38 MB in rank 64), in the page cache.  All but one are prefetched into host
+of all linear layers (39 MB in rank 64), in the page cache.  All but one are prefetched into host
 memory, and a twentieth of a second later a lease is taken on
 
 * the last of them;
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -77,7 +78,9 @@ async def measure(root: Path, options: argparse.Namespace) -> list[Row]:
         await server.close()
     finally:
         engine.shutdown()
+        del engine, server
         gc.unfreeze()  # see `start_vllm`; what is never collected complains when Python ends
+        gc.collect()
     return [
         {"adapters": "digested" if digested else "new", "asked": asked} | _spread(turns)
         for (digested, asked), turns in found.items()
@@ -100,6 +103,8 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # vLLM's threads would take all cores
     with tempfile.TemporaryDirectory() as work:
         rows = asyncio.run(measure(Path(work), options))
     table = Table(title="from the lease to the slot, ms")
