@@ -6,8 +6,9 @@ import errno
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_cache.errors import DiskFullError, StoreError
@@ -29,6 +30,19 @@ def folders_in(directory: Path) -> Iterator[Path]:
     for path in directory.iterdir():
         if _FOLDER.fullmatch(path.name) and path.is_dir():
             yield path
+
+
+def make_directory(path: Path) -> None:
+    """Make `path`, unless it is there.  Another process may remove it at any moment.
+
+    `Path.mkdir(exist_ok=True)` fails if that is between its two looks.
+    """
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        with suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                raise
 
 
 def sync(path: Path) -> None:

@@ -33,7 +33,7 @@ from lora_cache.errors import (
 from lora_cache.manifest import FILES, read_manifest, read_stamp
 from lora_cache.policies import PolicyLike, make_policy
 from lora_cache.state import Tier
-from lora_cache.store.files import errors_of, folder_of, folders_in, sync
+from lora_cache.store.files import errors_of, folder_of, folders_in, make_directory, sync
 from lora_cache.store.index import Index, Row
 from lora_cache.store.layout import Layout, burn, empty
 from lora_cache.store.locks import Hold, hold_soon, try_hold, wait_to_hold
@@ -321,7 +321,7 @@ class Store:
             with errors_of(path):
                 if twin.is_dir():
                     return None
-                path.mkdir(mode=0o700, exist_ok=True)
+                make_directory(path)
             if (hold := try_hold(path, exclusive=True)) is not None:
                 if not twin.is_dir():
                     return hold

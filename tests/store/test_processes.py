@@ -19,6 +19,7 @@ from lora_cache.errors import DiskFullError
 from lora_cache.policies import LRU
 from lora_cache.sources import HubSource
 from lora_cache.store import Store
+from lora_cache.store import store as store_module
 from lora_cache.store.locks import try_hold, wait_to_hold
 from lora_cache.testing import FakeEngine
 from tests.hub.files import WEIGHTS, adapter_files
@@ -53,6 +54,23 @@ def test_each_adapter_is_fetched_once(hub: Hub, root: Path, count: int) -> None:
     check_idle(root)
     for path in (root / "adapters").iterdir():
         assert content_of(path) == files[path.name.rpartition("-")[0]]
+
+
+def give_up(root: Path, rounds: int) -> None:
+    """Begin fetches of one adapter, and leave nothing behind each time."""
+    store_module._POLL_S = 0
+    store = Store(root)
+    for _ in range(rounds):
+        with store.partial(key_of("a0"), lambda: None) as partial:
+            assert partial is not None
+            (partial / "mine").touch(exist_ok=False)  # nobody else is in it
+            (partial / "mine").unlink()
+    store.close()
+
+
+def test_fetches_that_leave_nothing_do_not_stumble_over_each_other(root: Path) -> None:
+    finish(*(start(give_up, root, 500) for _ in range(3)))
+    assert list((root / "partial").iterdir()) == []
 
 
 # ------------------------------------------------------------------ holds
