@@ -61,8 +61,8 @@ class FullDatabase(sqlite3.Connection):
         return super().execute(statement, *args)
 
 
-def no_mkdir(path: Path, *_: Any, **__: Any) -> None:
-    if path.parent.name == "partial":
+def no_mkdir(path: str | Path, *_: Any) -> None:
+    if Path(path).parent.name == "partial":
         fail()
 
 
@@ -79,7 +79,7 @@ WHERE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "weights": lambda patch: patch.setattr(fetch, "open", full_weights, raising=False),
     "fsync": lambda patch: patch.setattr(os, "fsync", fail),
     "origin": lambda patch: patch.setattr(Origin, "write", fail),
-    "mkdir": lambda patch: patch.setattr(Path, "mkdir", no_mkdir),
+    "mkdir": lambda patch: patch.setattr(os, "mkdir", no_mkdir),
     "index": full_index,
 }
 

@@ -180,17 +180,17 @@ def test_a_forked_child_keeps_no_lock(tmp_path: Path) -> None:
 def test_who_comes_late_finds_it_published(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between looking for the adapter and making the directory, another process is done."""
     store, other = Store(root), Store(root)
-    real = Path.mkdir
+    real = os.mkdir
 
-    def slow(path: Path, *args: Any, **kwargs: Any) -> None:
-        if path.parent.name == "partial":
+    def slow(path: str | Path, *args: Any) -> None:
+        if Path(path).parent.name == "partial":
             monkeypatch.undo()
             bring(other, "a0")
-        real(path, *args, **kwargs)
+        real(path, *args)
 
     store.entries()
     bring(store, "other")
-    monkeypatch.setattr(Path, "mkdir", slow)
+    monkeypatch.setattr(os, "mkdir", slow)
     with store.partial(key_of("a0"), lambda: None) as partial:
         assert partial is None
     check_idle(root)
