@@ -412,8 +412,7 @@ class AsyncLoraCache:
     ) -> tuple[int, Tier]:
         if timeout_s is None:
             timeout_s = self.config.lease_timeout_s
-        nbytes = adapter.nbytes * self._engine.capabilities.tensor_parallel
-        return await self._driver.acquire(adapter, nbytes, want, timeout_s)
+        return await self._driver.acquire(adapter, want, timeout_s)
 
     # ------------------------------------------------------------------ small things
 

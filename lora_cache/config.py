@@ -51,9 +51,11 @@ class CacheConfig(BaseModel):
         policy: who leaves a slot: a name such as ``"lru"`` (`lora_cache.policies.policy_names` has
             them all), or a class.
         host_policy: who leaves host memory; the same policy, if not given.
-        host_bytes: budget for adapters in host memory, in bytes or like ``"20GiB"``.  If not given,
-            the number that the engine holds is the limit, and for the resident engine half of the
-            memory that is left to it (control groups count) when the cache is opened.
+        host_bytes: budget for adapters in host memory, in bytes or like ``"20GiB"``: what they take
+            there on the resident engine, over all workers; on the stock engine an estimate, the
+            file once for each worker.  If not given, the number that the engine holds is the
+            limit, and for the resident engine half of the memory that is left to it (control
+            groups count) when the cache is opened.
         disk_dir: where adapters of the Hub are kept; ``~/.cache/lora-cache/store`` if not given.
             Several processes may share it.
         disk_bytes: budget for them, in bytes or like ``"200GiB"``; unlimited, if not given.

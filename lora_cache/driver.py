@@ -137,11 +137,12 @@ class Driver:
     # ------------------------------------------------------------------ events
 
     async def acquire(
-        self, adapter: Adapter, nbytes: int, want: Want, timeout_s: float | None
+        self, adapter: Adapter, want: Want, timeout_s: float | None
     ) -> tuple[int, Tier]:
         """Get what `want` says, or raise.  Returns the ticket and the tier it was found in."""
         self.require_open()
         ticket, key = next(self._tickets), adapter.key
+        nbytes = self._engine.charge(adapter)
         actions = self._planner.acquire(ticket, key, nbytes, self.now(), want)
         served_from = await self._wait(ticket, actions, key, want, timeout_s)
         if want is Want.LEASE:
@@ -313,7 +314,7 @@ class Driver:
         else:
             cost_s = self.now() - started
             self.load_s += cost_s
-            actions = self._planner.completed(move.op, cost_s, self.now())
+            actions = self._planner.completed(move.op, cost_s, self.now(), self._taken_by(move))
         self._let_go(move.involved)
         for choice in start.choices:
             if choice.victim in (demoted | dropped if choice.tier is Tier.GPU else dropped):
@@ -341,6 +342,10 @@ class Driver:
             # An engine that breaks its contract must not leave callers waiting for ever.
             logger.exception("the engine failed in an unexpected way")
             raise TransitionFailedError(EngineError(f"the engine failed: {error}")) from error
+
+    def _taken_by(self, move: Transition) -> int | None:
+        """What the newcomer takes in host memory, now that it is there."""
+        return None if move.load is None else self._engine.charge(self._adapter_of(move.load))
 
     def _keep(self, adapter: Adapter) -> bool:
         """Let nobody take the files away while the adapter is resident: it may be loaded anew."""

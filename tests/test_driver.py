@@ -39,6 +39,7 @@ class Named:
 
     def __init__(self, name: str) -> None:
         self.key = AdapterKey(name)
+        self.nbytes = 1
 
 
 def test_a_grant_is_for_the_ticket_that_it_names() -> None:
@@ -48,10 +49,10 @@ def test_a_grant_is_for_the_ticket_that_it_names() -> None:
         planner = cast(Any, ScriptedPlanner())
         driver = Driver(planner, engine, cast(Any, None), lambda _: None, Events(), None)
         await driver.open()
-        first = asyncio.create_task(driver.acquire(cast(Any, Named("a")), 1, Want.LEASE, None))
+        first = asyncio.create_task(driver.acquire(cast(Any, Named("a")), Want.LEASE, None))
         await asyncio.sleep(0)
         with pytest.raises(LeaseTimeoutError):
-            await driver.acquire(cast(Any, Named("b")), 1, Want.LEASE, 0.01)
+            await driver.acquire(cast(Any, Named("b")), Want.LEASE, 0.01)
         assert await asyncio.wait_for(first, 1) == (1, Tier.GPU)
 
     asyncio.run(main())

@@ -29,7 +29,7 @@ class Capabilities:
         max_in_flight: transitions that it works on at a time, or None for no limit.
         max_speculative: how many it should be given at a time that nobody waits for: it works on
             them in order, and what somebody waits for might come after them.
-        tensor_parallel: copies of each adapter in host memory (one a rank).
+        tensor_parallel: workers that share the model; each holds copies, or shares, of adapters.
         widths: input and output width of the base model's linear layers, by module name, as far
             as they are known.
     """
@@ -88,6 +88,13 @@ class Engine(Protocol):
         """What it has room for in host memory, in bytes as adapters are charged, once attached.
 
         None: for any `Capabilities.host_entries` adapters.
+        """
+        ...
+
+    def charge(self, adapter: Adapter) -> int:
+        """What `adapter` is charged in host memory, in bytes: what its copy takes.
+
+        Before there is one: what it may take at most, as far as that can be told.
         """
         ...
 

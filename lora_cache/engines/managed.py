@@ -52,6 +52,10 @@ class ManagedVllm:
         """What vLLM was started with."""
         return self._client.vllm_config
 
+    def charge(self, adapter: Adapter) -> int:
+        """An estimate: its files, once for each worker."""
+        return adapter.nbytes * self._capabilities.tensor_parallel
+
     def handle(self, key: AdapterKey) -> Any:
         return self._requests[key]
 

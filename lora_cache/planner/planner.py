@@ -163,8 +163,14 @@ class Planner(Departures):
 
     # ------------------------------------------------------------------ events: the engine
 
-    def completed(self, op: int, cost_s: float, now: float) -> list[Action]:
-        """The engine carried out transition `op`, in `cost_s` seconds."""
+    def completed(
+        self, op: int, cost_s: float, now: float, nbytes: int | None = None
+    ) -> list[Action]:
+        """The engine carried out transition `op`, in `cost_s` seconds.
+
+        Args:
+            nbytes: what the newcomer takes in host memory, if it is less than it was charged.
+        """
         flight = self._flights.pop(op)
         move, counters, residency = flight.move, self.counters, self.residency
         key = move.load
@@ -172,7 +178,7 @@ class Planner(Departures):
             self._gave_back(move.drop)
         reason = _REMOVED if key is None and not flight.gives_back else _EVICTED
         from_host = key is not None and flight.source is _HOST
-        left_gpu, left_host = residency.commit(op, reason, cost_s, now, from_host)
+        left_gpu, left_host = residency.commit(op, reason, cost_s, now, from_host, nbytes)
         if key is None:
             counters.unloads += 0 if flight.gives_back else left_host
         else:

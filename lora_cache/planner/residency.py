@@ -213,9 +213,19 @@ class Residency:
         return dict.fromkeys(key for key in keys if key in self.gpu.copies)
 
     def commit(
-        self, op: int, reason: RemovalReason, cost_s: float, now: float, from_host: bool
+        self,
+        op: int,
+        reason: RemovalReason,
+        cost_s: float,
+        now: float,
+        from_host: bool,
+        nbytes: int | None,
     ) -> tuple[int, int]:
-        """The transition happened.  Returns how many copies left (slots, host memory)."""
+        """The transition happened.  Returns how many copies left (slots, host memory).
+
+        Args:
+            nbytes: what the newcomer takes in host memory, if known by now.
+        """
         usual_s = self._slot_cost_s
         if from_host:
             usual_s = cost_s if usual_s == inf else usual_s + 0.1 * (cost_s - usual_s)
@@ -223,7 +233,7 @@ class Residency:
         # Who leaves a slot stays in host memory: at stake is the way back, not the load from disk.
         slot_cost_s = cost_s if cost_s < usual_s else usual_s
         left_gpu = self.gpu.commit(op, reason, slot_cost_s, now)
-        left_host = self.host.commit(op, reason, cost_s, now) if self.host.claims else 0
+        left_host = self.host.commit(op, reason, cost_s, now, nbytes) if self.host.claims else 0
         return left_gpu, left_host
 
     def order_of_leaving(self, tier: Tier, now: float) -> Iterator[AdapterKey]:

@@ -147,8 +147,18 @@ class TierTable:
             self.claims[op] = (arriving, leaving, entries, claimed)
             self._nbytes += claimed - freed
 
-    def commit(self, op: int, reason: RemovalReason, cost_s: float, now: float) -> int:
+    def commit(
+        self,
+        op: int,
+        reason: RemovalReason,
+        cost_s: float,
+        now: float,
+        taken: int | None = None,
+    ) -> int:
         """The transition succeeded: victims are gone, the newcomer is READY.
+
+        Args:
+            taken: bytes of the newcomer, if that is less than it was charged.
 
         Returns:
             how many copies left.
@@ -160,6 +170,8 @@ class TierTable:
         for copy in victims:
             self._forget(copy, reason, now)
         if new is not None:
+            if taken is not None and taken < new.nbytes:
+                new.nbytes = taken
             new.op = None
             new.move(_READY, now)
             entries -= 1

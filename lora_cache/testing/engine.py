@@ -123,6 +123,9 @@ class FakeEngine:
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
+    def charge(self, adapter: Adapter) -> int:
+        return adapter.nbytes
+
     async def attach(self) -> None:
         if self._attached:
             raise ConfigError("this engine already has a manager: close the other one first")

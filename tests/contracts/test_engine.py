@@ -167,6 +167,17 @@ def test_a_loaded_adapter_is_held_and_answers(bench: Bench) -> None:
     bench.run(main())
 
 
+def test_no_more_is_taken_than_was_charged(bench: Bench) -> None:
+    async def main() -> None:
+        async with bench.engine() as engine:
+            for adapter in bench.adapters[:3]:
+                charged = engine.charge(adapter)
+                await engine.apply(*load(adapter))
+                assert 0 < engine.charge(adapter) <= charged
+
+    bench.run(main())
+
+
 def test_the_victim_leaves_its_slot_and_stays_in_host_memory(bench: Bench) -> None:
     async def main() -> None:
         async with bench.engine() as engine:

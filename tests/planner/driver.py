@@ -70,9 +70,10 @@ class Driver:
         self.unloads.discard(ticket)
         self.take(self.planner.cancel(ticket, self.now))
 
-    def complete(self, op: int | None = None) -> Transition:
+    def complete(self, op: int | None = None, taken: int | None = None) -> Transition:
+        """`taken`: what the newcomer takes in host memory, if the engine says so."""
         move = self.flights.pop(min(self.flights) if op is None else op)
-        self.take(self.planner.completed(move.op, 0.1, self.now))
+        self.take(self.planner.completed(move.op, 0.1, self.now, taken))
         return move
 
     def fail(self, op: int | None = None, message: str = "no", *, lost: bool = False) -> Transition:

@@ -91,10 +91,17 @@ class PlannerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.driver.flights)
     @rule(data=st.data())
     def complete(self, data: st.DataObject) -> None:
-        move = self.driver.complete(data.draw(st.sampled_from(sorted(self.driver.flights))))
+        op = data.draw(st.sampled_from(sorted(self.driver.flights)))
+        taken = data.draw(st.sampled_from([None, 1, 2, 9]))
+        table = self.driver.planner.residency
+        charged = {copy.key: copy.nbytes for copy in table.host}
+        arrives = {copy.key for copy in table.host if copy.state is CopyState.LOADING}
+        move = self.driver.complete(op, taken)
         if move.load is not None:
-            table = self.driver.planner.residency
             assert (table.gpu if move.to == "gpu" else table.host).get(move.load) is not None
+            if taken is not None and move.load in arrives:
+                charged[move.load] = min(charged[move.load], taken)
+            assert table.host.copies[move.load].nbytes == charged[move.load]
 
     @precondition(lambda self: self.driver.flights)
     @rule(data=st.data())

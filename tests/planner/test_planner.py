@@ -79,6 +79,21 @@ def test_host_bytes_take_as_many_victims_as_needed() -> None:
     assert set(move.demote) == {key_of(1), key_of(2)}
 
 
+def test_who_takes_less_than_charged_leaves_the_rest_to_others() -> None:
+    driver = Driver(Limits(4, 10, host_bytes=10), nbytes=lambda number: 6)
+    for number in (1, 2, 3):
+        ticket = driver.acquire(number)
+        driver.complete(taken=2)
+        driver.release(ticket)
+    assert driver.host() == {"a1", "a2", "a3"}
+    assert driver.planner.residency.host.used_bytes == 6
+    ticket = driver.acquire(4)
+    driver.complete(taken=7)  # never more than it was charged: others have been let in since
+    driver.release(ticket)
+    assert driver.host() == {"a2", "a3", "a4"}
+    assert driver.planner.residency.host.used_bytes == 10
+
+
 def test_what_can_never_fit_is_refused_at_once() -> None:
     driver = Driver(Limits(2, 4, host_bytes=10), nbytes=lambda number: number)
     ticket = driver.acquire(11)

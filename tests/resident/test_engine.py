@@ -138,6 +138,25 @@ def test_with_little_memory_adapters_leave_in_time(
     run(main())
 
 
+def test_bytes_of_host_memory_are_those_of_images(resident_llm: Any, adapters: list[Path]) -> None:
+    """Whatever the dtype of the files, of any ranks and targets."""
+
+    async def main() -> None:
+        async with cache_of(resident_llm) as cache:
+            engine: Any = cache._engine
+            for path in adapters:
+                adapter = await cache._resolve(path)
+                before = engine.charge(adapter)
+                await answer(cache, path)
+                images = engine._images
+                assert 0 < engine.charge(adapter) == images.get(adapter.key).nbytes <= before
+                taken = sum(images.get(key).nbytes for key in images)
+                assert cache.snapshot().host_bytes == taken
+            assert cache.stats().host_evictions > 0
+
+    run(main())
+
+
 def test_staging_needs_no_slot(resident_llm: Any, adapters: list[Path]) -> None:
     async def main() -> None:
         async with cache_of(resident_llm) as cache:

@@ -43,6 +43,9 @@ def test_two_workers_answer_as_vllm_does(
             assert await asyncio.gather(*map(ask, chosen)) == one_by_one
             assert await cache.reconcile() == 0
             assert cache.stats().gpu_evictions >= 6
+            images: Any = cache._engine._images  # type: ignore[attr-defined]
+            taken = sum(images.get(key).nbytes for key in images)
+            assert cache.snapshot().host_bytes == taken, "both shares of each"
             return one_by_one
 
     expected = runner.run(asyncio.wait_for(native(target), 100))

@@ -12,10 +12,8 @@ from lora_cache.memory import HostMemory
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of an image for each of its file, at most: float32 slots for a file in bfloat16.
-_IMAGE_BYTES = 2
-#: Of a number in nearly all files (float16, bfloat16), and in the largest (float32).
-_FILE_BYTES, _LARGEST_FILE_BYTES = 2, 4
+#: Bytes of the arena for each of its images: images come and go, and it may be in pieces.
+_PIECES = 2
 #: Images beyond the budget: a newcomer is packed before its victim leaves.
 _SLACK_IMAGES = 4
 
@@ -25,8 +23,7 @@ class Budget(NamedTuple):
 
     Attributes:
         arena_bytes: of the arena; memory is taken only as images are written.
-        host_bytes: what there may be in it, as adapters are charged; None: what
-            ``max_cpu_loras`` allows.
+        host_bytes: what images may take; None: as much as ``max_cpu_loras`` of them need.
     """
 
     arena_bytes: int
@@ -54,11 +51,7 @@ def budget(
         half = memory.available // 2 if memory else 0
         if wanted <= half:
             return Budget(wanted, None)
-        item_bytes = layouts[0].item_bytes
-        host_bytes = (half - slack) // max(1, item_bytes // _FILE_BYTES)
-        # The slots can be filled, whatever the files have.
-        charged = largest * max(1, _LARGEST_FILE_BYTES // item_bytes)
-        host_bytes = max(host_bytes, charged * capabilities.slots)
+        host_bytes = max(half - slack, largest * capabilities.slots)
         logger.warning(
             "max_cpu_loras=%d adapters of the largest rank would need %.1f GB of host memory, and "
             "half of what is left is %.1f GB (%s): %.1f GB of adapters are held at most; say how "
@@ -66,5 +59,4 @@ def budget(
             capabilities.host_entries, wanted / 1e9, half / 1e9,
             memory.limited_by if memory else "not known", host_bytes / 1e9,
         )  # fmt: skip
-    # Images are padded, may have a wider dtype than the files, and the arena may be in pieces.
-    return Budget(min(wanted, _IMAGE_BYTES * host_bytes + slack), host_bytes)
+    return Budget(min(wanted, _PIECES * host_bytes + slack), host_bytes)

@@ -24,6 +24,7 @@ from lora_cache.engines.managed import FOREIGN, ManagedVllm
 from lora_cache.engines.resident import compat, wire
 from lora_cache.engines.resident.arena import Arena, ArenaFullError
 from lora_cache.engines.resident.budget import budget
+from lora_cache.engines.resident.charges import Charges
 from lora_cache.engines.resident.host_images import HostImages, Image, LoadTimes
 from lora_cache.engines.resident.layout import Layout
 from lora_cache.engines.resident.packing_line import PackingLine
@@ -54,8 +55,8 @@ class ResidentEngine(ManagedVllm):
     Args:
         target: a `vllm.AsyncLLM` or a `vllm.LLM`, started with ``enable_lora=True`` and
             ``LORA_CACHE_RESIDENT=1`` in the environment.
-        host_bytes: what the caller keeps in host memory at most, in bytes of adapter files; if
-            None, up to half of the memory that is available now.
+        host_bytes: what adapters may take in host memory; if None, up to half of the memory that
+            is available when it is attached.
         image_dir: where packed images are kept on disk; ``images`` in `cache_home`, if None.
         image_bytes: what they may take there together; 0: none are kept.
 
@@ -86,6 +87,7 @@ class ResidentEngine(ManagedVllm):
         self._arena: Arena | None = None
         self._line: PackingLine | None = None
         self._images: HostImages | None = None
+        self._charges: Charges | None = None
         self._slots: dict[int, AdapterKey] = {}
         self._reserved: set[int] = set()  # slots that a transition in flight writes
         self._lost = False
@@ -134,6 +136,7 @@ class ResidentEngine(ManagedVllm):
         self._line = PackingLine(self._arena, layouts, self._image_dir, self._image_bytes)
         await self._line.start()
         self._images = HostImages(self._workers, self._arena, self._line)
+        self._charges = Charges(layouts)
         self._workers.tell(wire.Welcome(self._arena.path, self._arena.nbytes))
 
     async def detach(self) -> None:
@@ -273,6 +276,12 @@ class ResidentEngine(ManagedVllm):
             self._slots = {slot: key for slot, key in self._slots.items() if key not in keys}
 
     # ------------------------------------------------------------------ questions
+
+    def charge(self, adapter: Adapter) -> int:
+        image = self._images.get(adapter.key) if self._images else None
+        if image is not None and image.nbytes is not None:
+            return image.nbytes
+        return self._charges.of(adapter.manifest) if self._charges else super().charge(adapter)
 
     async def holdings(self) -> Holdings:
         if not self._workers.all:

@@ -65,6 +65,11 @@ class Image:
     contents: list[Contents] = field(default_factory=list)
     room: Room | None = None
 
+    @property
+    def nbytes(self) -> int | None:
+        """What it takes in host memory; None if vLLM's loader made it."""
+        return None if self.room is None else sum(self.room.nbytes)
+
 
 class HostImages:
     """Which adapters are in host memory.  One event loop.
@@ -88,6 +93,10 @@ class HostImages:
 
     def __iter__(self) -> Iterator[AdapterKey]:
         return iter(self._images)
+
+    def get(self, key: AdapterKey) -> Image | None:
+        """The image of `key`, if it is there."""
+        return self._images.get(key)
 
     async def stage(self, adapter: Adapter, lora_id: int, urgent: bool, times: LoadTimes) -> Image:
         """The adapter's image, made if it is not there.
