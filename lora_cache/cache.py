@@ -270,9 +270,7 @@ class AsyncLoraCache:
         wanted = _tier(tier, Tier.DISK, Tier.HOST)
         if isinstance(adapters, str | os.PathLike | AdapterRef):
             return await self._prefetch(adapters, wanted, progress)
-        if not isinstance(adapters, Iterable):
-            _as_ref(adapters)  # says what is wrong with it
-        names = list(adapters)
+        names = _listed(adapters)
         tasks = [asyncio.ensure_future(self._prefetch(each, wanted, progress)) for each in names]
         try:
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -293,7 +291,7 @@ class AsyncLoraCache:
                 await self._acquire(found, Want.STAGE, None)
         return self._planner.residency.found_in(found.key)
 
-    async def warm(self, adapters: Iterable[AdapterLike]) -> dict[str, Tier]:
+    async def warm(self, adapters: AdapterLike | Iterable[AdapterLike]) -> dict[str, Tier]:
         """Fill slots and host memory with these adapters, the most important ones first.
 
         The first ones end up in slots, the next ones in host memory, as far as there is room;
@@ -302,9 +300,9 @@ class AsyncLoraCache:
         Raises:
             AdapterError, SourceError, StoreError: of several, the first one's; none is loaded.
         """
-        adapters = list(adapters)
-        await self.prefetch(adapters, tier="disk")  # several at a time
-        named = [(str(adapter), await self._resolve(adapter)) for adapter in adapters]
+        names = _listed(adapters)
+        await self.prefetch(names, tier="disk")  # several at a time
+        named = [(str(adapter), await self._resolve(adapter)) for adapter in names]
         fitting = named[: self._limits.host_entries]
         for index, (_, adapter) in reversed(list(enumerate(fitting))):
             if index < self._limits.slots:
@@ -426,6 +424,19 @@ def _tier(tier: Tier | str, *allowed: Tier) -> Tier:
         if tier == known:
             return known
     raise ConfigError(f"tier={str(tier)!r}: choose one of {', '.join(allowed)}")
+
+
+def _listed(adapters: AdapterLike | Iterable[AdapterLike]) -> list[AdapterLike]:
+    """One adapter, or several.
+
+    Raises:
+        InvalidAdapterError: neither.
+    """
+    if isinstance(adapters, str | os.PathLike | AdapterRef):  # a str is an Iterable[str], too
+        return [adapters]
+    if not isinstance(adapters, Iterable):
+        _as_ref(adapters)  # says what is wrong with it
+    return list(adapters)
 
 
 def _as_ref(adapter: AdapterLike) -> AdapterRef:

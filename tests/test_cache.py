@@ -19,6 +19,7 @@ from lora_cache.errors import (
     CacheClosedError,
     ConfigError,
     EngineDeadError,
+    InvalidAdapterError,
     LeaseTimeoutError,
     LoadFailedError,
     LoraCacheError,
@@ -387,6 +388,17 @@ class TestOperations:
                     *[Tier.HOST] * 2,
                     *[Tier.DISK] * 2,
                 ]
+
+        run(main())
+
+    def test_warm_takes_one_as_well(self) -> None:
+        async def main() -> None:
+            async with world(slots=2, host=4) as w:
+                assert await w.cache.warm(ref("a")) == {"a": Tier.GPU}
+                with pytest.raises(AdapterNotFoundError, match="'nowhere'"):
+                    await w.cache.warm("nowhere")  # and not 'n', 'o', 'w', ...
+                with pytest.raises(InvalidAdapterError, match="names no adapter"):
+                    await w.cache.warm(5)  # type: ignore[arg-type]
 
         run(main())
 
