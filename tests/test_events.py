@@ -68,8 +68,8 @@ def test_host_memory_has_events_of_its_own() -> None:
                 await w.ask(name)
             events = w.cache.snapshot().evictions
             assert [(e.tier, e.victim.name) for e in events] == [
-                (Tier.HOST, "a"),
                 (Tier.GPU, "b"),
+                (Tier.HOST, "a"),  # before: c was read first
                 (Tier.GPU, "a"),
             ]
             assert w.cache.stats().evictions == 3
@@ -201,9 +201,20 @@ class _Costs(LRU):
         super().on_insert(key, nbytes, cost_s, now)
 
 
-def test_a_slot_is_worth_the_way_back_from_host_memory() -> None:
+def test_what_is_read_first_tells_what_each_step_is_worth() -> None:
     gpu, host = _Costs(), _Costs()
     planner = Planner(Limits(1, 4), gpu, host)
+    (read,) = planner.acquire(1, key_of(0), 1, 0.0)
+    assert isinstance(read, Start)
+    (written,) = planner.completed(read.transition.op, 0.2, 0.0)
+    assert isinstance(written, Start)
+    planner.completed(written.transition.op, 0.016, 0.0)
+    assert (gpu.costs, host.costs) == ([0.016], [0.2])
+
+
+def test_a_slot_is_worth_the_way_back_from_host_memory() -> None:
+    gpu, host = _Costs(), _Costs()
+    planner = Planner(Limits(1, 4, stages_without_slot=False), gpu, host)
 
     def ask(ticket: int, number: int, cost_s: float) -> None:
         (start,) = planner.acquire(ticket, key_of(number), 1, 0.0)

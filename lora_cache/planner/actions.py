@@ -43,6 +43,7 @@ class Transition(NamedTuple):
         to: the tier that `load` must be ready in, when done (a slot implies host memory).
         demote: keys that give up their slots and stay in host memory, unless also in `drop`.
         drop: keys that leave host memory; none of them keeps a slot.
+        urgent: somebody waits for a slot for it; it comes before what nobody waits for.
     """
 
     op: int
@@ -50,6 +51,7 @@ class Transition(NamedTuple):
     to: Tier | None = None
     demote: tuple[AdapterKey, ...] = ()
     drop: tuple[AdapterKey, ...] = ()
+    urgent: bool = False
 
     @property
     def involved(self) -> frozenset[AdapterKey]:

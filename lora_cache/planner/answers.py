@@ -26,8 +26,8 @@ class Answers:
 
     def __init__(self, limits: Limits, gpu_policy: Policy, host_policy: Policy) -> None:
         self.limits = limits
-        self.residency = Residency(limits, gpu_policy, host_policy)
         self.waiting = WaitingLine()
+        self.residency = Residency(limits, gpu_policy, host_policy, self.waiting)
         self.counters = Counters()
         self.squeeze = Squeeze(self.residency, limits.shrink_every_s)
         self._failures = Failures(limits.retry_s, limits.retry_max_s)

@@ -27,6 +27,7 @@ class Departures(Answers):
         super().__init__(limits, gpu_policy, host_policy)
         self._explains = explains
         self._flights: dict[int, Flight] = {}
+        self._loading: dict[AdapterKey, Flight] = {}  # flights by newcomer
         self._max_in_flight = inf if limits.max_in_flight is None else limits.max_in_flight
         self._ops = count(1)
 
@@ -39,12 +40,13 @@ class Departures(Answers):
 
         An adapter that loses a copy to an older waiter's load counts, too: it will need a slot as
         soon as that has ended, and a victim that took new leases meanwhile would be late for it.
+        One that is being read needs none yet.
         """
         overdue = 0
         for demand in self.waiting.demands.values():
             if demand.since + self.limits.drain_after_s > now or overdue == self.limits.slots:
                 break
-            overdue += 1
+            overdue += demand.key not in self._loading
         drained, spared = self.residency.balance_drains(overdue, now)
         self.counters.drains += drained
         for key in spared:

@@ -27,13 +27,11 @@ from lora_cache.planner.actions import (
     Transition,
     Want,
     make_granted,
-    make_start,
 )
-from lora_cache.planner.departures import Departures
+from lora_cache.planner.arrivals import Arrivals
 from lora_cache.planner.failures import again
 from lora_cache.planner.invariants import check_invariants
-from lora_cache.planner.speculation import Speculation
-from lora_cache.planner.waiting import Demand, Flight, Ticket, Tickets
+from lora_cache.planner.waiting import Ticket
 from lora_cache.policies import Policy, RemovalReason
 from lora_cache.state import CopyState, Tier
 
@@ -44,7 +42,7 @@ _EVICTED, _REMOVED = RemovalReason
 _READY = CopyState.READY
 
 
-class Planner(Departures):
+class Planner(Arrivals):
     """Decides which adapter is in which tier.
 
     Not thread-safe: one caller at a time.  Tickets are numbers that the caller makes up; each is
@@ -61,8 +59,6 @@ class Planner(Departures):
         super().__init__(limits, gpu_policy, host_policy, explains)
         # False until there is something to refuse a lease for: a budget of bytes, a failed load.
         self._may_refuse = limits.host_bytes is not None
-        self._loading: dict[AdapterKey, Flight] = {}  # flights by newcomer
-        self._speculation = Speculation(limits.max_speculative)
 
     def limit_host(self, nbytes: int) -> None:
         """The engine has room for so many bytes in host memory; said before anything is there."""
@@ -177,7 +173,7 @@ class Planner(Departures):
         if flight.gives_back:
             self._gave_back(move.drop)
         reason = _REMOVED if key is None and not flight.gives_back else _EVICTED
-        from_host = key is not None and flight.source is _HOST
+        from_host = key is not None and not flight.reads
         left_gpu, left_host = residency.commit(op, reason, cost_s, now, from_host, nbytes)
         if key is None:
             counters.unloads += 0 if flight.gives_back else left_host
@@ -188,9 +184,11 @@ class Planner(Departures):
             counters.gpu_evictions += left_gpu
             counters.host_evictions += left_host
             counters.activations += move.to is _GPU
-            counters.disk_loads += flight.source is _DISK
+            counters.disk_loads += flight.reads
             for request in flight.tickets.values():
                 self._grant(request, flight.source, now)
+            if move.to is _HOST:
+                self._grant_waiting(key, now)
         in_motion = residency.unloading or residency.may_drain or self.squeeze.active
         if in_motion or self.waiting.demands:
             self._after_flight(move, now)
@@ -301,7 +299,10 @@ class Planner(Departures):
         if self.squeeze.active:
             self._give_back(now)
         slots_left, speculates = True, self.squeeze.speculates
+        reads_ahead = self._reads_ahead
+        place = 0  # in line, of those who stay there
         for demand in self.waiting:
+            place += 1
             key = demand.key
             needs_slot = demand.tier is _GPU or not self.limits.stages_without_slot
             unloading = key in self.residency.unloading and not demand.repair
@@ -319,13 +320,22 @@ class Planner(Departures):
                 self._refuse_speculation(demand)
             elif self._is_busy:
                 break  # decided when the engine has finished
+            elif (
+                reads_ahead
+                and place <= self.limits.slots
+                and self._is_read_first(demand)
+                and (reads_ahead := self._read(demand, now))
+            ):
+                continue
             elif needs_slot and not slots_left:
-                if self.waiting.only_leases and self.limits.host_bytes is None:
+                only_leases = self.waiting.only_leases and self.limits.host_bytes is None
+                if only_leases and place > self.limits.slots:
                     break  # neither can any of the others be served
                 self._refuse_speculation(demand)  # strictly in order: an older waiter comes first
             elif start := self._start_demand(demand, needs_slot, now):
                 self.waiting.remove(key)
                 self._actions.append(start)
+                place -= 1
             else:
                 slots_left = slots_left and not needs_slot
                 self._refuse_speculation(demand)
@@ -358,35 +368,6 @@ class Planner(Departures):
         self._speculation.under_way -= 1
         while request := self._speculation.take():
             self._ask(request, now)
-
-    def _start_at_once(self, request: Ticket, now: float) -> Start | None:
-        """Do for a lease what joining an empty line and serving it would, without the line."""
-        key, residency = request.key, self.residency
-        if request.want is not _LEASE or self.waiting.demands or self._is_busy:
-            return None
-        held = residency.host.get(key)
-        if key in residency.gpu.copies or key in residency.unloading or (held and held.op):
-            return None
-        return self._start(key, request.nbytes, {request.number: request}, True, False, now)
-
-    def _start_demand(self, demand: Demand, slot: bool, now: float) -> Start | None:
-        key, spec = demand.key, demand.speculative
-        if demand.repair and self._failures.standing(key, now):  # its place is kept for it
-            return None
-        return self._start(key, demand.nbytes, demand.tickets, slot, spec, now)
-
-    def _start(
-        self, key: AdapterKey, nbytes: int, tickets: Tickets, slot: bool, spec: bool, now: float
-    ) -> Start | None:
-        """Bring the adapter in, if there is room or room can be made."""
-        source = _HOST if key in self.residency.host.copies else _DISK
-        move = self.residency.bring_in(self._ops, key, nbytes, slot, spec, now)
-        if move is None:
-            return None
-        flight = Flight(move, source, nbytes, tickets, speculative=spec)
-        self._loading[key] = self._flights[move.op] = flight
-        self._speculation.under_way += spec
-        return make_start((move, self.residency.choices(move, now) if self._explains else ()))
 
     def _after_flight(self, move: Transition, now: float) -> None:
         for key in (*move.involved, *self.residency.unloading):

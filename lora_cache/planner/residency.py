@@ -5,7 +5,7 @@ The tiers are inclusive: every copy in a slot has one in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import islice
 from math import inf
 
@@ -14,6 +14,7 @@ from lora_cache.key import AdapterKey
 from lora_cache.planner.actions import Choice, Limits, Transition, make_transition
 from lora_cache.planner.pins import Pins
 from lora_cache.planner.tiers import TierTable
+from lora_cache.planner.waiting import Demand
 from lora_cache.policies import Policy, RemovalReason, explain
 from lora_cache.state import Copy, CopyState, Tier
 
@@ -27,14 +28,25 @@ Room = tuple[tuple[AdapterKey, ...], tuple[AdapterKey, ...]]
 
 
 class Residency:
-    """The slot tier and the host tier, with the leases, pins and unloads that protect copies."""
+    """The slot tier and the host tier, with the leases, pins and unloads that protect copies.
 
-    def __init__(self, limits: Limits, gpu_policy: Policy, host_policy: Policy) -> None:
+    Args:
+        awaited: keys that somebody waits for.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        gpu_policy: Policy,
+        host_policy: Policy,
+        awaited: Container[AdapterKey] = (),
+    ) -> None:
         self.gpu = TierTable(_GPU, gpu_policy, limits.slots)
         self.host = TierTable(_HOST, host_policy, limits.host_entries, limits.host_bytes)
         self.pins = Pins(limits)
         self.leases: dict[AdapterKey, int] = {}
         self.unloading: dict[AdapterKey, list[int]] = {}  # tickets by key
+        self._awaited = awaited
         self._slot_cost_s = inf  # of late, from host memory into a slot
         #: False only if `draining` is empty: asked after every event, without a walk.
         self.may_drain = False
@@ -117,14 +129,14 @@ class Residency:
     # ------------------------------------------------------------------ making room
 
     def make_room(
-        self, key: AdapterKey, nbytes: int, slot: bool, speculative: bool, now: float
+        self, key: AdapterKey, nbytes: int, slot: bool, gently: bool, now: float
     ) -> Room | None:
         """Choose the victims that let `key` in; None when it cannot be done now.  Pure.
 
         Args:
             nbytes: host bytes of the newcomer (ignored when it is in host memory already).
             slot: it needs a slot.
-            speculative: nobody waits for it, so no slot is given up for host bytes alone.
+            gently: no slot is given up for host bytes alone, and nothing that somebody waits for.
         """
         demote = self.gpu.room_for(0, self._may_leave_slot, now) if slot else []
         if demote is None or key in self.host.copies:
@@ -132,11 +144,12 @@ class Residency:
         needed = len(demote)
         while True:
             # A host victim never sits in a slot, unless it gives that slot up in the same move.
-            drop = self.host.room_for(nbytes, self._may_leave_host(frozenset(demote)), now)
+            may_leave = self._may_leave_host(frozenset(demote), spares_awaited=gently)
+            drop = self.host.room_for(nbytes, may_leave, now)
             if drop is not None:
                 extra_too = (k for k in demote[needed:] if k in drop)
                 return (*demote[:needed], *extra_too), tuple(drop)
-            idle = () if speculative else self.gpu.ranked(self._may_leave_slot, now)
+            idle = () if gently else self.gpu.ranked(self._may_leave_slot, now)
             extra = next((key for key in idle if key not in demote), None)
             if extra is None:
                 return None
@@ -152,12 +165,15 @@ class Residency:
         key = slot.key
         return not (key in self.leases or key in self.pins.gpu or key in self.unloading)
 
-    def _may_leave_host(self, demoted: frozenset[AdapterKey]) -> Callable[[Copy], bool]:
+    def _may_leave_host(
+        self, demoted: frozenset[AdapterKey], *, spares_awaited: bool = False
+    ) -> Callable[[Copy], bool]:
         def may_leave(held: Copy) -> bool:
             key = held.key
             in_slot = key in self.gpu.copies and key not in demoted
             protected = key in self.leases or key in self.pins or key in self.unloading
-            return not (held.op or in_slot or protected)
+            awaited = spares_awaited and key in self._awaited
+            return not (held.op or in_slot or protected or awaited)
 
         return may_leave
 
@@ -180,20 +196,16 @@ class Residency:
     # ------------------------------------------------------------------ transitions
 
     def bring_in(
-        self,
-        ops: Iterator[int],
-        key: AdapterKey,
-        nbytes: int,
-        slot: bool,
-        speculative: bool,
-        now: float,
+        self, ops: Iterator[int], demand: Demand, slot: bool, gently: bool, now: float
     ) -> Transition | None:
-        """Set aside what it takes to load `key`, in both tiers; None when it cannot be done now.
+        """Set aside what it takes to load an adapter, in both tiers; None when it cannot be now.
 
         Args:
             ops: where the number of the transition comes from.
+            slot, gently: as in `make_room`.
         """
-        room = self.make_room(key, nbytes, slot, speculative, now)
+        key, nbytes = demand.key, demand.nbytes
+        room = self.make_room(key, nbytes, slot, gently, now)
         if room is None:
             return None
         op, (demote, drop) = next(ops), room
@@ -201,7 +213,8 @@ class Residency:
         self.gpu.begin(op, key if slot else None, 0, leaving, now)
         if key not in self.host.copies:
             self.host.begin(op, key, nbytes, drop, now)
-        return make_transition((op, key, _GPU if slot else _HOST, demote, drop))
+        urgent = demand.tier is _GPU
+        return make_transition((op, key, _GPU if slot else _HOST, demote, drop, urgent))
 
     def begin_drop(self, move: Transition, now: float) -> None:
         """Set aside what leaves host memory, and its slots with it."""

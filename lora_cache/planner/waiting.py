@@ -36,12 +36,14 @@ class Demand:
     Attributes:
         repair: the engine lost a copy that is leased or pinned; it comes back into this tier,
             first in the line and without a ticket.
+        from_disk: it was not in host memory, and has been read for these tickets.
     """
 
     key: AdapterKey
     nbytes: int
     tickets: Tickets = field(default_factory=dict)
     repair: Tier | None = None
+    from_disk: bool = False
 
     @property
     def since(self) -> float:
@@ -75,7 +77,8 @@ class Flight:
     """A transition that the engine is carrying out, and who waits for it.
 
     Attributes:
-        source: where the newcomer was found.
+        source: where its tickets are told that the newcomer was found.
+        reads: the newcomer is read from disk.
         nbytes: what it is charged in host memory.
         gives_back: it drops copies because memory is scarce.
         speculative: nobody waited for it when it began.
@@ -83,6 +86,7 @@ class Flight:
 
     move: Transition
     source: Tier
+    reads: bool = False
     nbytes: int = 0
     tickets: Tickets = field(default_factory=dict)
     gives_back: bool = False
@@ -104,6 +108,9 @@ class WaitingLine:
 
     def __len__(self) -> int:
         return len(self.demands)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.demands
 
     def __iter__(self) -> Iterator[Demand]:
         """Oldest first, over a copy: demands may leave while the line is walked."""

@@ -20,6 +20,9 @@ from lora_cache.sim.cost import TransferCost
 from lora_cache.sim.hold import Hold
 from lora_cache.sim.quantiles import Quantiles
 from lora_cache.sim.uses import Use
+from lora_cache.state import Tier
+
+_GPU = Tier.GPU
 
 
 class Replay(ABC):
@@ -69,9 +72,10 @@ class Replay(ABC):
     def _load(self, move: Transition) -> float:
         """Count what the transition moves.  Returns the seconds that it takes."""
         held = self._held[move.load]  # type: ignore[index]  # nobody unloads: it has its place
-        nbytes = held.nbytes
-        self.into_slots_bytes += nbytes
-        seconds = self._cost.host_to_slot_s(nbytes)
+        nbytes, seconds = held.nbytes, 0.0
+        if move.to is _GPU:
+            self.into_slots_bytes += nbytes
+            seconds = self._cost.host_to_slot_s(nbytes)
         if held.op:  # that place is empty yet
             self.from_disk_bytes += nbytes
             seconds += self._cost.disk_to_host_s(nbytes)

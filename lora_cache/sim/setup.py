@@ -19,8 +19,8 @@ from lora_cache.sim.replay import HeldReplay, InstantReplay, Replay
 
 #: How the engines load: at what cost, and how many at a time.
 ENGINES: dict[str, dict[str, Any]] = {
-    "stock": {"cost": TransferCost(), "max_in_flight": 1},
-    "resident": {"cost": RESIDENT, "max_in_flight": None},
+    "stock": {"cost": TransferCost(), "max_in_flight": 1, "stages_without_slot": False},
+    "resident": {"cost": RESIDENT, "max_in_flight": None, "stages_without_slot": True},
 }
 
 #: The name of the policy that only a simulator can have.
@@ -37,6 +37,8 @@ class Setup:
         nbytes: size of the adapters whose size the trace does not tell.
         cost: how long loads take.
         max_in_flight: loads at a time, or None for any number; stock vLLM does one.
+        stages_without_slot: what is on disk is read before it takes a slot; stock vLLM cannot.
+            Where loads take no time (no `hold`) it makes no difference, and is left out.
         drain_after_s: as in `CacheConfig`.
         belady: replay Belady's policy too, as the reference.  Reads the trace twice, and keeps
             four bytes a request.
@@ -48,6 +50,7 @@ class Setup:
     nbytes: int = TYPICAL_NBYTES
     cost: TransferCost = field(default_factory=TransferCost)
     max_in_flight: int | None = 1
+    stages_without_slot: bool = False
     drain_after_s: float = DRAIN_AFTER_S
     belady: bool = True
 
@@ -84,6 +87,7 @@ class Setup:
             slots,
             entries,
             self.host_bytes,
+            stages_without_slot=self.stages_without_slot and self.hold is not None,
             max_in_flight=self.max_in_flight,
             drain_after_s=self.drain_after_s,
         )

@@ -28,7 +28,7 @@ class FakeOutput:
 class FakeEngine:
     """Holds adapters by name only, and is strict: what would harm vLLM is an AssertionError.
 
-    Transitions run one at a time, in the order in which they come.
+    Adapters are read side by side; slots are written, and copies dropped, one at a time.
 
     Args:
         slots: capacity in GPU slots.
@@ -139,17 +139,17 @@ class FakeEngine:
         self._attached = False
 
     async def apply(self, move: Transition, adapter: Adapter | None) -> None:
+        self._require_alive()
+        assert (adapter and adapter.key) == move.load, "adapter and transition disagree"
+        leaving = {*move.demote, *move.drop}
+        assert not leaving & self.uses.keys(), "a victim is in use"
+        assert not leaving & self._running.keys(), "a victim has running requests"
+        if adapter is not None:
+            await self._read(adapter)
         async with self._order:
+            if move.to is Tier.GPU:
+                await self._sleep(self.activate_s)
             self._require_alive()
-            assert (adapter and adapter.key) == move.load, "adapter and transition disagree"
-            leaving = {*move.demote, *move.drop}
-            assert not leaving & self.uses.keys(), "a victim is in use"
-            assert not leaving & self._running.keys(), "a victim has running requests"
-            if adapter is not None:
-                await self._read(adapter)
-                if move.to is Tier.GPU:
-                    await self._sleep(self.activate_s)
-                self._require_alive()
             for key in leaving:
                 self._vacate(key)
             if adapter is not None:

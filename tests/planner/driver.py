@@ -95,6 +95,11 @@ class Driver:
         assert ticket in self.leases, "not granted"
         return ticket
 
+    def settle(self) -> None:
+        """Carry out what is in flight, and what follows from it."""
+        while self.flights:
+            self.complete()
+
     def use(self, number: int) -> None:
         self.release(self.lease(number))
 

@@ -30,6 +30,7 @@ def test_one_for_each_overdue_waiter_however_often_it_is_asked() -> None:
     driver.acquire(7)
     driver.now = 2.0
     driver.acquire(8)
+    driver.settle()
     for now in (5.0, 5.5, 6.0):
         tick(driver, now)
         assert draining(driver) == {"a0"}
@@ -42,6 +43,7 @@ def test_one_for_each_overdue_waiter_however_often_it_is_asked() -> None:
 def test_lifted_with_the_last_waiter_though_nobody_asks_for_the_slot() -> None:
     driver = full(2)
     waiter = driver.acquire(7)
+    driver.settle()
     tick(driver, 5.0)
     assert draining(driver) == {"a0"}
     driver.cancel(waiter)
@@ -51,6 +53,7 @@ def test_lifted_with_the_last_waiter_though_nobody_asks_for_the_slot() -> None:
 def test_the_latest_are_lifted_first() -> None:
     driver = full(3)
     waiters = [driver.acquire(7), driver.acquire(8)]
+    driver.settle()
     tick(driver, 5.0)
     assert draining(driver) == {"a0", "a1"}
     driver.cancel(waiters[0])
@@ -70,7 +73,7 @@ def test_an_unload_goes_on_when_the_last_lease_ends_and_nobody_waits() -> None:
 
 
 def test_not_lifted_while_an_older_load_takes_the_waiter_s_host_copy() -> None:
-    driver = Driver(Limits(2, 3, drain_after_s=5.0))
+    driver = Driver(Limits(2, 3, stages_without_slot=False, drain_after_s=5.0))
     driver.use(2)
     oldest_lease = driver.lease(0)
     driver.lease(1)

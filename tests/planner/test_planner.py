@@ -13,7 +13,8 @@ from tests.planner.driver import Driver, key_of
 def test_a_miss_loads_and_a_hit_does_not() -> None:
     driver = Driver(Limits(2, 4))
     first = driver.acquire(1)
-    assert driver.complete().load == key_of(1)
+    assert driver.complete().to is Tier.HOST
+    assert driver.complete().to is Tier.GPU
     assert driver.granted[first].served_from is Tier.DISK
     second = driver.acquire(1)
     assert driver.granted[second].served_from is Tier.GPU
@@ -35,6 +36,8 @@ def test_callers_of_one_adapter_share_a_load() -> None:
     tickets = [driver.acquire(1) for _ in range(5)]
     assert len(driver.flights) == 1
     driver.complete()
+    assert len(driver.flights) == 1
+    driver.complete()
     assert set(tickets) == set(driver.leases)
     assert driver.planner.counters.disk_loads == 1
     assert driver.planner.counters.disk_hits == 5
@@ -45,9 +48,10 @@ def test_a_host_victim_never_sits_in_a_slot() -> None:
     for number in (1, 2, 3):
         driver.use(number)  # 1 was demoted
     driver.acquire(4)
-    (move,) = driver.flights.values()
-    assert move.drop == (key_of(1),)
-    assert move.demote == (key_of(2),)
+    read = driver.complete()
+    assert (read.demote, read.drop) == ((), (key_of(1),))
+    written = driver.complete()
+    assert (written.demote, written.drop) == ((key_of(2),), ())
 
 
 def test_slots_and_host_of_one_size_evict_from_both() -> None:
@@ -84,6 +88,7 @@ def test_who_takes_less_than_charged_leaves_the_rest_to_others() -> None:
     for number in (1, 2, 3):
         ticket = driver.acquire(number)
         driver.complete(taken=2)
+        driver.complete()
         driver.release(ticket)
     assert driver.host() == {"a1", "a2", "a3"}
     assert driver.planner.residency.host.used_bytes == 6
@@ -130,12 +135,13 @@ def test_a_failure_that_took_a_victim_rolls_forward() -> None:
     driver = Driver(Limits(1, 3))
     driver.use(1)
     driver.acquire(2)
+    driver.complete()
     move = driver.flights.pop(min(driver.flights))
     driver.take(
         driver.planner.failed(move.op, LoadFailedError("half way"), 0.0, demoted=[key_of(1)])
     )
     assert driver.slots() == set()
-    assert driver.host() == {"a1"}
+    assert driver.host() == {"a1", "a2"}
 
 
 def test_a_newcomer_that_left_host_memory_as_it_failed_is_loaded_anew() -> None:
@@ -146,13 +152,17 @@ def test_a_newcomer_that_left_host_memory_as_it_failed_is_loaded_anew() -> None:
     driver.fail(lost=True)
     assert key_of(0) not in driver.planner.residency.host
     driver.now = 2.0
-    driver.acquire(0)
-    driver.complete()
+    driver.lease(0)
     assert driver.planner.counters.disk_hits == 1
 
 
 def test_a_cancelled_wait_does_not_stop_the_load() -> None:
     driver = Driver(Limits(1, 2))
+    ticket = driver.acquire(1)
+    driver.cancel(ticket)
+    driver.complete()
+    assert driver.host() == {"a1"}
+    assert not driver.flights, "nobody needs a slot for it"
     ticket = driver.acquire(1)
     driver.cancel(ticket)
     driver.complete()
@@ -173,6 +183,7 @@ class TestFairness:
         driver = Driver(Limits(1, 4, drain_after_s=5.0))
         held = driver.lease(1)
         waiter = driver.acquire(2)
+        driver.complete()
         driver.now = 4.9
         driver.take(driver.planner.tick(driver.now))
         overtaking = driver.acquire(1)
@@ -194,6 +205,7 @@ class TestFairness:
         driver = Driver(Limits(1, 4, drain_after_s=1.0))
         driver.lease(1)
         waiter = driver.acquire(2)
+        driver.complete()
         driver.now = 2.0
         driver.take(driver.planner.tick(driver.now))
         late = driver.acquire(1)
@@ -206,7 +218,7 @@ class TestPins:
     def test_a_pin_is_never_a_victim(self) -> None:
         driver = Driver(Limits(2, 4))
         driver.acquire(1, Want.PIN_GPU)
-        driver.complete()
+        driver.settle()
         for number in (2, 3, 4, 5):
             driver.use(number)
         assert "a1" in driver.slots()
@@ -222,7 +234,7 @@ class TestPins:
         driver.acquire(1, Want.PIN_GPU)
         driver.fail()
         driver.acquire(2, Want.PIN_GPU)
-        driver.complete()
+        driver.settle()
         assert driver.planner.residency.pins.gpu == {key_of(2)}
 
     def test_a_host_pin_gives_up_its_slot_but_not_its_memory(self) -> None:
@@ -237,7 +249,7 @@ class TestPins:
     def test_an_unpinned_adapter_can_go(self) -> None:
         driver = Driver(Limits(2, 2))
         driver.acquire(1, Want.PIN_GPU)
-        driver.complete()
+        driver.settle()
         driver.take(driver.planner.unpin(key_of(1), 0.0))
         driver.use(2)
         driver.use(3)
@@ -257,13 +269,13 @@ class TestUnload:
         assert move.load is None
         assert move.drop == (key_of(1),)
         assert unload in driver.granted
-        driver.complete()
+        driver.settle()
         assert driver.granted[late].served_from is Tier.DISK
 
     def test_a_pinned_adapter_is_refused(self) -> None:
         driver = Driver(Limits(2, 4))
         driver.acquire(1, Want.PIN_GPU)
-        driver.complete()
+        driver.settle()
         assert isinstance(driver.refused[driver.unload(1)], PinnedError)
 
     def test_giving_up_the_wait_lets_the_adapter_live(self) -> None:
@@ -304,7 +316,7 @@ class TestStaging:
         driver.lease(1)
         driver.acquire(2)
         staged = driver.acquire(3, Want.STAGE)
-        driver.complete()
+        driver.settle()
         assert staged in driver.granted
 
 
@@ -324,6 +336,7 @@ class TestReconcile:
         truth = Holdings({1: key_of(2)}, frozenset({key_of(2)}))
         driver.take(driver.planner.reconcile(truth, 0.0))
         assert driver.planner.counters.drift == 2
+        assert driver.complete().to is Tier.HOST, "the newcomer is read meanwhile"
         assert driver.complete().load == key_of(1)
         assert driver.slots() == {"a1", "a2"}
 

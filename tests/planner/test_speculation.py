@@ -39,7 +39,8 @@ def test_a_lease_on_one_that_was_put_off_begins_at_once() -> None:
     driver, tickets = prefetching(5)
     lease = driver.acquire(4)
     op = next(op for op, move in driver.flights.items() if move.load == key_of(4))
-    assert driver.complete(op).to is Tier.GPU
+    assert driver.complete(op).urgent
+    assert driver.complete(max(driver.flights)).to is Tier.GPU
     assert lease in driver.leases
     while driver.flights:
         assert driver.complete().load != key_of(4), "loaded twice"
@@ -58,8 +59,9 @@ def test_what_is_on_its_way_or_there_needs_no_turn() -> None:
     lease = driver.acquire(5)
     again = [driver.acquire(each, Want.STAGE) for each in (1, 5)]
     driver.complete(max(driver.flights))
-    assert lease in driver.leases
     assert again[1] in driver.granted
+    driver.complete(max(driver.flights))
+    assert lease in driver.leases
     assert driver.granted[driver.acquire(5, Want.STAGE)].served_from is Tier.GPU
     driver.complete(max(driver.flights))
     assert again[0] in driver.granted

@@ -30,6 +30,10 @@ class Replay:
     victims: list[int]
 
 
+#: Where loads take no time, those from disk need not come in two steps.
+_AT_ONCE = {"stages_without_slot": False}
+
+
 def replay(
     trace: Sequence[int],
     policy: Callable[[], Policy],
@@ -37,7 +41,7 @@ def replay(
     cost_s: Callable[[int], float] = lambda number: 1.0,
 ) -> Replay:
     """Lease and release each adapter of `trace`; `policy` decides who has a slot."""
-    planner = Planner(Limits(slots, 1_000_000), policy(), LRU())
+    planner = Planner(Limits(slots, 1_000_000, **_AT_ONCE), policy(), LRU())
     return _run(planner, trace, Tier.GPU, lambda number: 1, cost_s)
 
 
@@ -49,7 +53,7 @@ def replay_bytes(
     cost_s: Callable[[int], float] = lambda number: 1.0,
 ) -> Replay:
     """The same for host memory.  There is one slot, so it never keeps a second one from leaving."""
-    limits = Limits(1, 1_000_000, host_bytes=budget)
+    limits = Limits(1, 1_000_000, host_bytes=budget, **_AT_ONCE)
     return _run(Planner(limits, LRU(), policy()), trace, Tier.HOST, nbytes, cost_s)
 
 

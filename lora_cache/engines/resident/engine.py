@@ -93,6 +93,7 @@ class ResidentEngine(ManagedVllm):
         self._lost = False
         self.displaced = 0
         self.load_times: deque[LoadTimes] = deque(maxlen=_KEPT_TIMES)
+        self._begun: dict[AdapterKey, LoadTimes] = {}  # of what was read to get a slot next
         self._drifted: Callable[[], None] = lambda: None
 
     # ------------------------------------------------------------------ attach, detach
@@ -169,6 +170,8 @@ class ResidentEngine(ManagedVllm):
             await self._empty(leaving)
             if self._images is not None:
                 await self._images.drop(move.drop, again=adapter is not None)
+            for key in move.drop:
+                self._begun.pop(key, None)
         except TransitionFailedError:
             raise
         except WorkerError as error:
@@ -185,15 +188,16 @@ class ResidentEngine(ManagedVllm):
             )
         fresh = adapter.key not in self._images
         lora_id = self._request_for(adapter).lora_int_id
-        times = LoadTimes(adapter.key)
+        times = self._begun.pop(adapter.key, None) or LoadTimes(adapter.key)
         try:
-            urgent = move.to is Tier.GPU
-            image = await self._images.stage(adapter, lora_id, urgent, times)
+            image = await self._images.stage(adapter, lora_id, move.urgent, times)
         except (LoraCacheError, ArenaFullError, WorkerError) as error:
             raise TransitionFailedError(
                 self._error(error, f"{adapter.key} could not be brought in", adapter.key)
             ) from error
         if move.to is not Tier.GPU:
+            if move.urgent:
+                self._begun[adapter.key] = times
             return
         slot, victim = self._place(move)
         try:
