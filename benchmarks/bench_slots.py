@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_slots [--json FILE]
     python -m benchmarks.bench_slots --workload promise [--drain-after 1,5] [--json FILE]
+    python -m benchmarks.bench_slots --slots 8 --host 32 --read 0.03,0.1 [--json FILE]
 
 The arrivals are those of `gpu/serving.py`, warm rows, request by request, of 200 or a thousand
 adapters, or the lengths and ranks are those of `gpu/slo.py` (`--workload promise`).  A step takes
@@ -10,6 +11,9 @@ are fitted to the gaps between tokens that `results/serving_h100.json` has (and
 `results/slo_h100.json`: adapters of higher ranks take longer; H100, shapes of Llama-3.1-8B, CUDA
 graphs for all steps).  A load takes `LOAD_S`, and then until the step under way ends.  So the model
 knows nothing but slots and steps: what it says of waiting is the slots' doing.
+
+With ``--host`` host memory holds so many adapters, and the others are read from disk, side by side,
+in ``--read`` seconds.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from lora_cache.bench.servers import Row
 from lora_cache.bench.streams import poisson
 from lora_cache.config import CacheConfig
 from lora_cache.planner import Transition
+from lora_cache.state import Tier
 from lora_cache.testing import FakeEngine, FakeSource, ManualClock
 
 BASE_S, PROMPT_S, LOAD_S = 0.0055, 0.018 / 512, 0.002
@@ -105,10 +110,18 @@ class _Request:
 
 
 class ModelledVllm(FakeEngine):
-    """Steps one after the other, whose lengths depend on what is in them."""
+    """Steps one after the other, whose lengths depend on what is in them.
 
-    def __init__(self, slots: int, workload: Workload, clock: ManualClock) -> None:
-        super().__init__(slots, workload.adapters + slots, clock=clock)
+    Args:
+        disk: adapters that host memory holds, and seconds to read one that it does not; None: it
+            holds all.
+    """
+
+    def __init__(
+        self, slots: int, workload: Workload, clock: ManualClock, disk: tuple[int, float] | None
+    ) -> None:
+        entries, self.read_s = disk or (workload.adapters + slots, 0.0)
+        super().__init__(slots, entries, clock=clock)
         self.clock, self.adapter_s = clock, workload.adapter_s
         self.new: list[_Request] = []
         self.running: list[_Request] = []
@@ -117,7 +130,9 @@ class ModelledVllm(FakeEngine):
         self.steps = self.full = 0
 
     async def apply(self, move: Transition, adapter: Adapter | None) -> None:
-        if adapter is not None:
+        if adapter is not None and adapter.key not in self._host:
+            await self.clock.sleep(self.read_s)
+        if move.to is Tier.GPU:
             await self.clock.sleep(LOAD_S)
             if self.is_stepping:
                 self.step_ends.append(asyncio.get_running_loop().create_future())
@@ -163,15 +178,22 @@ class ModelledVllm(FakeEngine):
 
 
 async def serve(
-    workload: Workload, rate: float, seconds: float, seed: int, slots: int, **settings: Any
+    workload: Workload,
+    rate: float,
+    seconds: float,
+    seed: int,
+    slots: int,
+    disk: tuple[int, float] | None = None,
+    **settings: Any,
 ) -> Row:
-    """Serve the arrivals with so many slots, everything being in host memory.
+    """Serve the arrivals with so many slots.
 
     Args:
+        disk: as of `ModelledVllm`.
         settings: of the cache, such as its policy.
     """
     clock, source = ManualClock(), FakeSource()
-    engine = ModelledVllm(slots, workload, clock)
+    engine = ModelledVllm(slots, workload, clock, disk)
     requests, popular = workload.asked(rate, seconds, seed)
     refs = [source.ref(f"adapter-{number}") for number in range(workload.adapters)]
     first: list[float] = []
@@ -195,33 +217,40 @@ async def serve(
             await clock.advance(max(0.0, began + asked.at - clock.now()))
             tasks.append(asyncio.ensure_future(ask(asked)))
         await pass_until(asyncio.gather(*tasks))
-        took, drains = clock.now() - began, cache.stats().drains
+        took, stats = clock.now() - began, cache.stats()
+    from_disk: Row = {}
+    if disk is not None:
+        share = round(stats.disk_hits / len(first), 3)
+        from_disk = {"host_entries": disk[0], "read_s": disk[1], "from_disk": share}
     return {
         "rate": rate,
         "seed": seed,
         "slots": slots,
+        **from_disk,
         **settings,
         "ttft_p50_ms": round(quantile(first, 0.5) * 1e3, 1),
         "ttft_p99_ms": round(quantile(first, 0.99) * 1e3, 1),
         "requests_per_s": round(len(first) / took, 2),
         "all_slots_busy": round(engine.full / engine.steps, 4),
-        "drains": drains,
+        "drains": stats.drains,
     }
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """A line for each rate, seed and patience, a column for each number of slots."""
+    """A line for each rate, time to read, patience and seed, a column for each number of slots."""
     found = Table(title="first token p50 / p99, ms (share of steps in which all slots are in use)")
     slots = list(dict.fromkeys(row["slots"] for row in rows))
-    for name in ("rate", "drain after, s", "seed", *(f"{number} slots" for number in slots)):
+    heads = {"rate": "rate", "read, s": "read_s", "drain after, s": "drain_after_s", "seed": "seed"}
+    heads = {name: of for name, of in heads.items() if of in rows[0]}
+    for name in (*heads, *(f"{number} slots" for number in slots)):
         found.add_column(name, justify="right")
-    lines: dict[tuple[str, str, str], list[str]] = {}
+    lines: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        head = f"{row['rate']:g}", f"{row['drain_after_s']:g}", str(row["seed"])
+        line = tuple(f"{row[of]:g}" for of in heads.values())
         times = f"{row['ttft_p50_ms']:.0f} / {row['ttft_p99_ms']:.0f}"
-        lines.setdefault(head, []).append(f"{times} ({row['all_slots_busy']:.1%})")
-    for head, shown in lines.items():
-        found.add_row(*head, *shown)
+        lines.setdefault(line, []).append(f"{times} ({row['all_slots_busy']:.1%})")
+    for line, shown in lines.items():
+        found.add_row(*line, *shown)
     return found
 
 
@@ -238,14 +267,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals")
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--drain-after", type=numbers(float), default=[patience], help="seconds")
+    parser.add_argument("--host", type=int, help="adapters that host memory holds (default: all)")
+    parser.add_argument("--read", type=numbers(float), default=[0.03], help="seconds, with --host")
     parser.add_argument("--json", type=Path, help="also write the raw figures here")
     options = parser.parse_args()
 
     workload = WORKLOADS[options.workload]
     settings = [{"policy": options.policy, "drain_after_s": s} for s in options.drain_after]
+    disks = [None] if options.host is None else [(options.host, read) for read in options.read]
     rows = [
-        asyncio.run(serve(workload, rate, options.seconds, seed, slots, **how))
+        asyncio.run(serve(workload, rate, options.seconds, seed, slots, disk, **how))
         for rate in options.rates
+        for disk in disks
         for how in settings
         for seed in options.seeds
         for slots in options.slots

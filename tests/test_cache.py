@@ -557,6 +557,24 @@ def test_random_traffic_keeps_the_engine_s_rules(seed: int, like: str) -> None:
     run(main())
 
 
+def test_a_cold_adapter_takes_nobody_s_slot_until_it_is_read() -> None:
+    async def main() -> None:
+        async with world(1, 4, engine={"load_s": 5.0, "activate_s": 0.5}) as w:
+            loading = asyncio.ensure_future(w.ask("hot"))
+            await w.clock.advance(6.0)
+            await loading
+            cold = asyncio.ensure_future(w.ask("cold"))
+            await w.clock.advance(4.0)
+            assert await asyncio.wait_for(w.ask("hot"), 1) == "hot: 0 1 2"
+            assert w.slots() == {"hot"}
+            await w.clock.advance(1.5)
+            assert await cold == "cold: 0 1 2"
+            assert w.slots() == {"cold"}
+            assert w.cache.stats().disk_hits == 2
+
+    run(main())
+
+
 def test_an_engine_that_tells_of_drift_is_repaired_unasked() -> None:
     async def main() -> None:
         async with world() as w:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from lora_cache.planner.actions import Limits, Start, Want, make_start
 from lora_cache.planner.departures import Departures
 from lora_cache.planner.speculation import Speculation
@@ -35,27 +37,32 @@ class Arrivals(Departures):
             return None
         return self._start(Demand(key, request.nbytes, {request.number: request}), True, now)
 
-    # What needs a slot and is on disk is read before it gets one, whose adapter others may use
-    # meanwhile, and keeps its place in line.  Where host memory is scarce, or too full for that, it
-    # is read when it has a slot.
-
     @property
     def _reads_ahead(self) -> bool:
         return self.limits.stages_without_slot and not self.squeeze.active
 
-    def _is_read_first(self, demand: Demand) -> bool:
-        on_disk = demand.key not in self.residency.host.copies
-        return on_disk and not demand.repair and demand.tier is _GPU
+    def _read_ahead(self, now: float) -> None:
+        """Have what waits for a slot and is on disk read before it gets one.
 
-    def _read(self, demand: Demand, now: float) -> bool:
-        """Begin to.  Returns False if host memory has no room that nobody needs."""
-        move = self.residency.bring_in(self._ops, demand, slot=False, gently=True, now=now)
-        if move is None:
-            return False
-        demand.from_disk = True
-        flight = Flight(move, _DISK, reads=True, nbytes=demand.nbytes)
-        self._actions.append(self._take_off(flight, now))
-        return True
+        The slot's adapter is used by others meanwhile.  Who is read keeps its place in line; as
+        many are read as there are slots.  Where host memory is scarce, or has no room that nobody
+        needs, an adapter is read when it has its slot.
+        """
+        if not self._reads_ahead:
+            return
+        held, unloading = self.residency.host.copies, self.residency.unloading
+        for demand in islice(self.waiting.demands.values(), self.limits.slots):
+            key = demand.key
+            if key in held or key in unloading or demand.repair or demand.tier is _HOST:
+                continue
+            move = None
+            if not self._is_busy:
+                move = self.residency.bring_in(self._ops, demand, slot=False, gently=True, now=now)
+            if move is None:
+                return
+            demand.from_disk = True
+            flight = Flight(move, _DISK, reads=True, nbytes=demand.nbytes)
+            self._actions.append(self._take_off(flight, now))
 
     def _start_demand(self, demand: Demand, slot: bool, now: float) -> Start | None:
         if demand.repair and self._failures.standing(demand.key, now):  # its place is kept for it

@@ -298,11 +298,9 @@ class Planner(Arrivals):
         """Serve the line, oldest first, as far as there is room; then balance the drains."""
         if self.squeeze.active:
             self._give_back(now)
+        self._read_ahead(now)
         slots_left, speculates = True, self.squeeze.speculates
-        reads_ahead = self._reads_ahead
-        place = 0  # in line, of those who stay there
         for demand in self.waiting:
-            place += 1
             key = demand.key
             needs_slot = demand.tier is _GPU or not self.limits.stages_without_slot
             unloading = key in self.residency.unloading and not demand.repair
@@ -320,25 +318,17 @@ class Planner(Arrivals):
                 self._refuse_speculation(demand)
             elif self._is_busy:
                 break  # decided when the engine has finished
-            elif (
-                reads_ahead
-                and place <= self.limits.slots
-                and self._is_read_first(demand)
-                and (reads_ahead := self._read(demand, now))
-            ):
-                continue
             elif needs_slot and not slots_left:
-                only_leases = self.waiting.only_leases and self.limits.host_bytes is None
-                if only_leases and place > self.limits.slots:
+                if self.waiting.only_leases and self.limits.host_bytes is None:
                     break  # neither can any of the others be served
                 self._refuse_speculation(demand)  # strictly in order: an older waiter comes first
             elif start := self._start_demand(demand, needs_slot, now):
                 self.waiting.remove(key)
                 self._actions.append(start)
-                place -= 1
             else:
                 slots_left = slots_left and not needs_slot
                 self._refuse_speculation(demand)
+        self._read_ahead(now)  # others have come to the front
         self._balance_drains(now)
 
     def _ask(self, request: Ticket, now: float) -> Start | None:

@@ -38,14 +38,14 @@ class TransferCost:
         return self.slot_fixed_s + nbytes / self.slot_bytes_per_s
 
 
-#: The resident engine, measured in the same way (``benchmarks/results/arrivals_h100.json``): 3.3 ms
-#: from host memory, of which 1.76 are the copy and the scatter; 44.2 ms from disk for an adapter
-#: that was never seen, of which 36.7 go to digest and packing.  Not reckoned: one whose packed
-#: image is still on disk comes in 12, and several that are packed at once share the packer's
+#: The resident engine, measured in the same way (``benchmarks/results/arrivals_h100.json``): 3.4 ms
+#: from host memory, of which 1.74 are the copy and the scatter; 33.3 ms from disk for an adapter
+#: that was never seen, of which 26.2 go to digest and packing.  Not reckoned: one whose packed
+#: image is still on disk comes in 13, and several that are packed at once share the packer's
 #: threads.
 RESIDENT = TransferCost(
-    disk_fixed_s=0.0442 - 0.0033 - 0.0367,
-    disk_bytes_per_s=TYPICAL_NBYTES / 0.0367,
-    slot_fixed_s=0.0033 - 0.00176,
-    slot_bytes_per_s=TYPICAL_NBYTES / 0.00176,
+    disk_fixed_s=0.0333 - 0.0034 - 0.0262,
+    disk_bytes_per_s=TYPICAL_NBYTES / 0.0262,
+    slot_fixed_s=0.0034 - 0.00174,
+    slot_bytes_per_s=TYPICAL_NBYTES / 0.00174,
 )

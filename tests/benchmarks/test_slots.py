@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from benchmarks import bench_slots
+from lora_cache.config import CacheConfig
 
 SERVING, PROMISE = bench_slots.WORKLOADS["serving"], bench_slots.WORKLOADS["promise"]
 
@@ -40,9 +41,22 @@ def test_longer_answers_need_more_slots() -> None:
 def test_to_set_victims_aside_at_once_makes_more_wait_and_serves_none_sooner(seed: int) -> None:
     """Why `drain_after_s` is what it is by default."""
     hasty, default = (
-        asyncio.run(bench_slots.serve(PROMISE, 6.0, 60.0, seed, 16, **settings))
-        for settings in ({"drain_after_s": 1.0}, {})
+        asyncio.run(bench_slots.serve(PROMISE, 6.0, 60.0, seed, 16, drain_after_s=patience))
+        for patience in (1.0, CacheConfig().drain_after_s)
     )
     assert default["ttft_p50_ms"] < 0.8 * hasty["ttft_p50_ms"]
     assert default["ttft_p99_ms"] < hasty["ttft_p99_ms"]
     assert default["requests_per_s"] > hasty["requests_per_s"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
+def test_slow_reads_take_no_slots(seed: int) -> None:
+    """Three reads a second, of 0.4 s each, would keep one or two of eight slots from others."""
+    quick, slow = (
+        asyncio.run(bench_slots.serve(SERVING, 8, 60, seed, 8, (32, read_s)))
+        for read_s in (0.0, 0.4)
+    )
+    assert 0.3 < slow["from_disk"] < 0.5
+    assert slow["ttft_p50_ms"] < quick["ttft_p50_ms"] + 150
+    assert slow["ttft_p99_ms"] < quick["ttft_p99_ms"] + 400
