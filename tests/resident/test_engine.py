@@ -13,6 +13,7 @@ import torch
 from lora_cache import AsyncLoraCache
 from lora_cache.engines.managed import FOREIGN
 from lora_cache.engines.resident.engine import ResidentEngine
+from lora_cache.engines.resident.host_images import HostImages
 from lora_cache.errors import ConfigError
 from lora_cache.memory import HostMemory
 from tests.real.parts import write_adapter
@@ -153,6 +154,38 @@ def test_bytes_of_host_memory_are_those_of_images(resident_llm: Any, adapters: l
                 taken = sum(images.get(key).nbytes for key in images)
                 assert cache.snapshot().host_bytes == taken
             assert cache.stats().host_evictions > 0
+
+    run(main())
+
+
+def test_while_one_is_read_every_slot_serves(
+    resident_llm: Any, llm: Any, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = stock_answer(llm, adapters[3], 4)
+    pack = HostImages._pack
+
+    async def main() -> None:
+        begun, may_read = asyncio.Event(), asyncio.Event()
+
+        async def when_it_may(images: HostImages, *args: Any) -> Any:
+            begun.set()
+            await may_read.wait()
+            return await pack(images, *args)
+
+        async with cache_of(resident_llm) as cache:
+            first = [await answer(cache, path) for path in adapters[:3]]
+            monkeypatch.setattr(HostImages, "_pack", when_it_may)
+            cold = asyncio.ensure_future(answer(cache, adapters[3]))
+            await begun.wait()
+            assert [await answer(cache, path) for path in adapters[:3]] == first
+            assert cache.stats().slot_hits == 3
+            may_read.set()
+            assert await cold == expected
+            assert cache.stats().gpu_evictions == 1
+            times = cache._engine.load_times[-1]  # type: ignore[attr-defined]
+            assert times.packed > 0, "what reading took is told with the rest"
+            assert times.commanded > 0
+            assert await cache.reconcile() == 0
 
     run(main())
 
