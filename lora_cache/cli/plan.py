@@ -276,11 +276,14 @@ def _cells(option: Option, verdict: str, *, held: bool) -> tuple[str, ...]:
 
 
 def _print_settings(console: Console, plan: Plan, chosen: Option) -> None:
-    host = plan.host_entries * plan.adapters.host_bytes * plan.wishes.slots.tp
     rows = [
         ("max_loras", str(chosen.max_loras), f"{human_bytes(chosen.slot_bytes)} on each GPU"),
         ("max_lora_rank", str(plan.wishes.slots.max_lora_rank), _ranks(plan.adapters.ranks)),
-        ("max_cpu_loras", str(plan.max_cpu_loras), f"{human_bytes(host)} of host memory"),
+        (
+            "max_cpu_loras",
+            str(plan.max_cpu_loras),
+            f"{human_bytes(plan.host_bytes)} of host memory",
+        ),
         ("gpu_memory_utilization", f"{plan.budget.utilization:g}", ""),
         ("disk_bytes", f"{plan.disk_bytes >> 30}GiB", "of AsyncLoraCache"),
     ]

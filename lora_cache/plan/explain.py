@@ -107,7 +107,7 @@ def _traffic(plan: Plan) -> Iterator[str]:
 
 def _tiers(plan: Plan) -> Iterator[str]:
     adapters, tp = plan.adapters, plan.wishes.slots.tp
-    copies = f" × {tp} GPUs" if tp > 1 else ""
+    copies = f" × {plan.copies:.3g}, over {tp} GPUs" if tp > 1 else ""
     place = "" if plan.wishes.engine.resident else "; one place more, to load into"
     yield (
         f"host memory: {plan.host_entries:,} adapters × {adapters.host_bytes:,} bytes on average"

@@ -14,7 +14,12 @@ from lora_cache.plan.budget import GIB, Budget, EngineSettings, make_budget
 from lora_cache.plan.choice import Option, Verdict, candidates, choose
 from lora_cache.plan.model import ITEM_BYTES, Model
 from lora_cache.plan.ranks import Ranks
-from lora_cache.plan.slots import SlotSettings, check_target_modules, smallest_rank
+from lora_cache.plan.slots import (
+    SlotSettings,
+    check_target_modules,
+    packed_copies,
+    smallest_rank,
+)
 from lora_cache.plan.traffic import Traffic
 from lora_cache.plan.warnings import warnings_of
 from lora_cache.policies import PolicyLike
@@ -60,6 +65,7 @@ class Plan:
         wishes: with the rank that was chosen.
         needed_tokens: KV cache that the traffic needs, in tokens.
         host_entries: adapters that host memory shall hold.
+        copies: how often the bytes of each are there, over all GPUs.
         disk_bytes: for the store of adapters.
         image_bytes: for what the resident engine has packed; 0 with the stock engine.
         options: the numbers of slots that were tried, and `verdicts` on each.
@@ -74,12 +80,18 @@ class Plan:
     budget: Budget
     needed_tokens: int
     host_entries: int
+    copies: float
     disk_bytes: int
     image_bytes: int
     options: tuple[Option, ...]
     verdicts: tuple[Verdict, ...]
     chosen: Option | None
     warnings: tuple[str, ...]
+
+    @property
+    def host_bytes(self) -> int:
+        """What they take there."""
+        return round(self.host_entries * self.adapters.host_bytes * self.copies)
 
     @property
     def max_cpu_loras(self) -> int:
@@ -130,7 +142,7 @@ class Plan:
             "gpu_memory_utilization": budget.utilization,
             "disk_bytes": self.disk_bytes,
             "image_bytes": self.image_bytes,
-            "host_bytes": self.host_entries * self.adapters.host_bytes * slots.tp,
+            "host_bytes": self.host_bytes,
             "bytes_per_slot": budget.slots.bytes_per_slot,
             "fixed_slot_bytes": budget.slots.fixed_bytes,
             "gpu_bytes": budget.gpu_bytes,
@@ -183,7 +195,8 @@ def make_plan(
     if wishes.slots.target_modules is not None:
         check_target_modules(model, wishes.slots.target_modules)
     budget = make_budget(model, wishes.slots, wishes.engine, wishes.gpu_bytes)
-    host_entries = _host_entries(adapters, traffic, wishes)
+    copies = _copies(model, adapters, wishes)
+    host_entries = _host_entries(adapters, traffic, wishes, copies)
 
     numbers = _numbers(wishes, min(traffic.adapters, host_entries), host_entries)
     setup = Setup.of_engine(
@@ -198,7 +211,7 @@ def make_plan(
     needed = max(wishes.engine.max_model_len, math.ceil(HEADROOM * traffic.tokens_in_flight))
     chosen, verdicts = choose(options, needed, wishes.engine.max_model_len, wishes.target_wait_s)
     count = _DISK_HEADROOM * max(adapters.count or 0, traffic.adapters)
-    packed = count * adapters.host_bytes * wishes.slots.tp if wishes.engine.resident else 0
+    packed = count * adapters.host_bytes * copies if wishes.engine.resident else 0
     plan = Plan(
         model=model,
         adapters=adapters,
@@ -207,6 +220,7 @@ def make_plan(
         budget=budget,
         needed_tokens=needed,
         host_entries=host_entries,
+        copies=copies,
         disk_bytes=_whole_gib(count * adapters.disk_bytes),
         image_bytes=_whole_gib(packed) if packed else 0,
         options=options,
@@ -217,14 +231,21 @@ def make_plan(
     return replace(plan, warnings=tuple(warnings_of(plan)))
 
 
-def _host_entries(adapters: Adapters, traffic: Traffic, wishes: Wishes) -> int:
-    """As many as there are, if they fit: each GPU's worker holds a copy of its own."""
-    each = max(1, adapters.host_bytes * wishes.slots.tp)
-    fit = wishes.host_bytes // each
+def _copies(model: Model, adapters: Adapters, wishes: Wishes) -> float:
+    """Each GPU's worker holds a copy of its own; of packed images only its share."""
+    if not wishes.engine.resident:
+        return float(wishes.slots.tp)
+    return packed_copies(model, wishes.slots, adapters.targets or ())
+
+
+def _host_entries(adapters: Adapters, traffic: Traffic, wishes: Wishes, copies: float) -> int:
+    """As many as there are, if they fit."""
+    each = max(1, adapters.host_bytes * copies)
+    fit = int(wishes.host_bytes // each)
     if fit < 1:
         raise ConfigError(
             f"host memory of {wishes.host_bytes / GIB:.1f} GiB holds no adapter of "
-            f"{each / GIB:.2f} GiB ({wishes.slots.tp} copies): it needs more"
+            f"{each / GIB:.2f} GiB ({copies:.3g} copies): it needs more"
         )
     return min(fit, max(adapters.count or 0, traffic.adapters))
 

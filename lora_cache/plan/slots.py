@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_cache.errors import ConfigError
 from lora_cache.plan.layers import Layer, Split, check_split
@@ -103,6 +103,26 @@ def slot_cost(
                 )
             fixed += layer.padded_vocab * 8 if tp > 1 else 0
     return SlotCost(tuple(parts), item, sum(nbytes for _, nbytes in parts), fixed)
+
+
+def packed_copies(model: Model, settings: SlotSettings, targets: Iterable[str]) -> float:
+    """How often an adapter's bytes are there in its packed images, over all GPUs.
+
+    Once on one GPU.  On more of them less often than there are GPUs: each has of one of a layer's
+    two matrices only its share (of both, if LoRAs are fully sharded).
+
+    Args:
+        targets: names of its modules; none known: all linear layers.
+    """
+    names = set(targets)
+
+    def nbytes(tp: int) -> int:
+        parts = slot_cost(model, replace(settings, tp=tp)).parts
+        linear = [(at, n) for at, n in parts if at.split not in (Split.EMBEDDING, Split.LOGITS)]
+        targeted = [(at, n) for at, n in parts if names.intersection(_all(at))]
+        return tp * sum(n for _, n in targeted or linear)
+
+    return nbytes(settings.tp) / max(1, nbytes(1)) if settings.tp > 1 else 1.0
 
 
 def smallest_rank(rank: int) -> int:

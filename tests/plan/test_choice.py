@@ -25,6 +25,7 @@ from lora_cache.plan import (
 )
 from lora_cache.plan.budget import CONTEXT_BYTES, GIB, MOST_UTILIZATION, working_estimate
 from lora_cache.plan.choice import candidates, choose
+from lora_cache.plan.slots import packed_copies
 from tests.plan.configs import ARCHITECTURES, PUBLISHED, TINY, write_config
 
 ENGINE = EngineSettings(max_model_len=4096)
@@ -67,6 +68,20 @@ def test_the_resident_engine_keeps_room_for_one_adapter() -> None:
     stock, resident = (budget_of("Llama-3.1-8B", 80 * GIB, resident=r) for r in (False, True))
     assert (stock.staging_bytes, resident.staging_bytes) == (0, stock.slots.bytes_per_slot)
     assert resident.kv_bytes(7) == pytest.approx(stock.kv_bytes(8), abs=3 << 20)
+
+
+def test_packed_images_are_divided_among_gpus() -> None:
+    model = model_of("Llama-3.1-8B")
+    slots = SlotSettings(16, tp=4)
+    # By hand: in is 4096, q and o are 4096 wide, k and v 1024, gate, up and down 14336.
+    whole_a, b = 5 * 4096, 4096 + 2 * 1024 + 2 * 14336  # q, k, v, gate, up
+    a, whole_b = 4096 + 14336, 2 * 4096  # o, down
+    by_hand = (4 * (whole_a + whole_b) + a + b) / (whole_a + whole_b + a + b)
+    assert packed_copies(model, slots, ()) == pytest.approx(by_hand)
+    assert packed_copies(model, replace(slots, tp=1), ()) == 1
+    assert packed_copies(model, slots, ["down_proj"]) == pytest.approx(
+        (14336 + 4 * 4096) / (14336 + 4096)
+    )
 
 
 def test_what_is_known_replaces_the_estimate() -> None:

@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from lora_cache.errors import CannotPackError
+from lora_cache.manifest import read_manifest
+from lora_cache.plan import SlotSettings, read_model
+from lora_cache.plan.slots import packed_copies
 from tests.resident.engines import Rig
 from tests.resident.parts import (
     HEAD,
@@ -27,6 +30,7 @@ from tests.resident.parts import (
     module_name,
     slot_of,
     soil,
+    write_model,
 )
 
 pytestmark = pytest.mark.vllm
@@ -221,6 +225,27 @@ def test_ranks_take_different_shares_and_have_different_digests(
     assert [piece.spans for piece in keys] == [((0, HEAD),)] * 2, "one key head, held by both"
     ranks = [layout.pieces[0] for layout in layouts[1::2]]
     assert [(p.rank_start, p.rank_stop) for p in ranks] == [(0, 8), (8, 16)]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("targets", [LINEAR, ("o_proj", "down_proj"), ("up_proj", "gate_proj")])
+def test_lora_cache_plan_knows_what_the_images_of_all_take(
+    make_worker: Callable[..., Worker],
+    adapter: Callable[..., Path],
+    tmp_path: Path,
+    targets: tuple[str, ...],
+    sharded: bool,
+) -> None:
+    from lora_cache.engines.resident.charges import Charges
+    from lora_cache.engines.resident.describe import describe
+
+    workers = [describe(make_worker(rank, 2, sharded, SPLIT).manager) for rank in range(2)]
+    manifest = read_manifest(adapter(rank=MAX_RANK, targets=targets, dtype="bfloat16"))
+    model = read_model(write_model(tmp_path / "model", "llama"))
+    slots = SlotSettings(MAX_RANK, tp=2, fully_sharded=sharded)
+    copies = packed_copies(model, slots, targets)
+    assert 1 <= copies < 2
+    assert Charges(workers).of(manifest) == round(manifest.nbytes * copies)
 
 
 def test_an_adapter_of_another_width_is_left_to_vllm(
