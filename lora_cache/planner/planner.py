@@ -6,7 +6,8 @@ argument.  The driver may therefore be an event loop, a trace replay or a proper
 
 How room is made: the slot tier and the host tier each rank victims by their own policy; what is
 leased, pinned, moving or (for host) in a slot is skipped, victims are taken until the newcomer
-fits, and all of it is set aside in one transition, or nothing (`residency.py`).
+fits, and all of it is set aside in one transition, or nothing (`residency.py`).  What is on disk is
+read before it takes a slot, where that is possible: two transitions (`arrivals.py`).
 """
 
 from __future__ import annotations

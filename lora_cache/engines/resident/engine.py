@@ -158,6 +158,7 @@ class ResidentEngine(ManagedVllm):
             self._arena = None
         self._slots.clear()
         self._reserved.clear()
+        self._begun.clear()
 
     # ------------------------------------------------------------------ transitions
 
