@@ -60,7 +60,7 @@ class Arrivals(Departures):
                 move = self.residency.bring_in(self._ops, demand, slot=False, gently=True, now=now)
             if move is None:
                 return
-            demand.from_disk = True
+            demand.read_at = now
             flight = Flight(move, _DISK, reads=True, nbytes=demand.nbytes)
             self._actions.append(self._take_off(flight, now))
 
@@ -75,7 +75,7 @@ class Arrivals(Departures):
         move = self.residency.bring_in(self._ops, demand, slot, spec, now)
         if move is None:
             return None
-        source = _DISK if reads or demand.from_disk else _HOST
+        source = _HOST if demand.read_at is None and not reads else _DISK
         flight = Flight(move, source, reads, demand.nbytes, demand.tickets, speculative=spec)
         return self._take_off(flight, now)
 

@@ -10,7 +10,7 @@ from lora_cache.errors import PinnedError
 from lora_cache.key import AdapterKey
 from lora_cache.planner.actions import Granted, Limits, Refused, Start, Transition
 from lora_cache.planner.answers import Answers
-from lora_cache.planner.waiting import Flight
+from lora_cache.planner.waiting import Demand, Flight
 from lora_cache.policies import Policy
 from lora_cache.state import Tier
 
@@ -40,17 +40,23 @@ class Departures(Answers):
 
         An adapter that loses a copy to an older waiter's load counts, too: it will need a slot as
         soon as that has ended, and a victim that took new leases meanwhile would be late for it.
-        One that is being read needs none yet.
+        One that has been read ever since before that needs none yet.
         """
         overdue = 0
         for demand in self.waiting.demands.values():
             if demand.since + self.limits.drain_after_s > now or overdue == self.limits.slots:
                 break
-            overdue += demand.key not in self._loading
+            is_read = demand.key in self._loading and demand.read_at is not None
+            overdue += not is_read or self._is_read_late(demand)
         drained, spared = self.residency.balance_drains(overdue, now)
         self.counters.drains += drained
         for key in spared:
             self._undrain(key, now)
+
+    def _is_read_late(self, demand: Demand) -> bool:
+        """It was overdue before it began to be read: its place is kept for it meanwhile."""
+        due = demand.since + self.limits.drain_after_s
+        return demand.read_at is not None and demand.read_at >= due
 
     def _advance_unload(self, key: AdapterKey, now: float) -> None:
         """The next step of an unload: wait for a load, drain, drop, report; or give it up."""
@@ -60,13 +66,13 @@ class Departures(Answers):
         if not tickets or key not in self.residency.host:
             del self.residency.unloading[key]
             self._actions += [Granted(ticket, _DISK) for ticket in tickets]
-            self._undrain(key, now)
+            self._balance_drains(now)  # it may be set aside for somebody in line, too
         elif key in self.residency.pins:
             del self.residency.unloading[key]
             for ticket in tickets:
                 error = PinnedError(f"{key} is pinned: unpin it before unloading", key=key)
                 self._actions.append(Refused(ticket, error))
-            self._undrain(key, now)
+            self._balance_drains(now)
         else:
             self.residency.drain(key, now)
             if key not in self.residency.leases and not self._is_busy:

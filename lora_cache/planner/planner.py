@@ -307,8 +307,9 @@ class Planner(Arrivals):
             unloading = key in self.residency.unloading and not demand.repair
             if unloading or self.residency.is_moving(key):
                 # Looked at again when that transition has ended.  If its host copy is the victim of
-                # somebody else's load, it keeps its place in line meanwhile.
-                if needs_slot and not unloading and key not in self._loading:
+                # somebody else's load, or it is read late, it keeps its place in line meanwhile.
+                keeps_place = key not in self._loading or self._is_read_late(demand)
+                if needs_slot and not unloading and keeps_place:
                     slots_left = False
                 continue
             if needs_slot and key in self.residency.gpu and slots_left:

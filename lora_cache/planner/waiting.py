@@ -36,14 +36,14 @@ class Demand:
     Attributes:
         repair: the engine lost a copy that is leased or pinned; it comes back into this tier,
             first in the line and without a ticket.
-        from_disk: it was not in host memory, and has been read for these tickets.
+        read_at: when it began to be read for these tickets; None: it was in host memory.
     """
 
     key: AdapterKey
     nbytes: int
     tickets: Tickets = field(default_factory=dict)
     repair: Tier | None = None
-    from_disk: bool = False
+    read_at: float | None = None
 
     @property
     def since(self) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lora_cache.planner import Limits
+from lora_cache.errors import PinnedError
+from lora_cache.planner import Limits, Want
 from lora_cache.state import CopyState
 from tests.planner.driver import Driver
 
@@ -70,6 +71,21 @@ def test_an_unload_goes_on_when_the_last_lease_ends_and_nobody_waits() -> None:
     driver.release(held)
     assert driver.complete().drop
     assert unload in driver.granted
+
+
+def test_not_lifted_by_an_unload_that_is_refused() -> None:
+    driver = full(2)
+    driver.acquire(0, Want.PIN_HOST)
+    waiter = driver.acquire(7)
+    driver.settle()
+    tick(driver, 5.0)
+    assert draining(driver) == {"a0"}
+    younger = driver.acquire(0)
+    assert isinstance(driver.refused[driver.unload(0)], PinnedError)
+    assert draining(driver) == {"a0"}
+    assert younger in driver.waiting
+    driver.cancel(waiter)
+    assert draining(driver) == set()
 
 
 def test_not_lifted_while_an_older_load_takes_the_waiter_s_host_copy() -> None:

@@ -54,6 +54,15 @@ CHAIN = [
     (1.9, 0, 3.0), (0.01, 1, 3.0), (0.01, 2, 3.0),
 ]  # fmt: skip
 
+#: Host memory was too full to read the second one ahead.  When it was at last, it did not count:
+#: the slot that had been set aside for it took new leases.
+READ_LATE = [
+    (0.25, 0, 1.0), (0.25, 2, 1.0), (0.25, 0, 1.0), (0.25, 0, 1.0), (0.25, 1, 1.0), (0.25, 3, 1.0),
+    (0.25, 2, 1.0), (0.25, 0, 3.0), (0.25, 0, 1.0), (0.25, 0, 1.0), (0.25, 0, 1.0), (0.25, 0, 1.0),
+    (0.25, 0, 1.0), (0.25, 0, 1.0), (0.25, 0, 2.0), (0.25, 0, 1.0), (0.25, 0, 1.0), (0.25, 0, 1.0),
+    (0.25, 1, 3.0), (0.25, 0, 3.0),
+]  # fmt: skip
+
 
 def seconds(driver: Driver, move: Transition) -> float:
     """Of a load; both steps of one from disk take the longest together."""
@@ -83,6 +92,7 @@ quarters = st.integers(1, 12).map(lambda number: number / 4)  # so that much hap
 @example(slots=3, spare=2, arrivals=OVERTAKEN)
 @example(slots=3, spare=2, arrivals=LIFTED)
 @example(slots=3, spare=2, arrivals=CHAIN)
+@example(slots=2, spare=1, arrivals=READ_LATE)
 def test_everyone_is_admitted_in_time(
     max_in_flight: int | None, slots: int, spare: int, arrivals: list[tuple[float, int, float]]
 ) -> None:
