@@ -40,7 +40,7 @@ class Departures(Answers):
 
         An adapter that loses a copy to an older waiter's load counts, too: it will need a slot as
         soon as that has ended, and a victim that took new leases meanwhile would be late for it.
-        One that has been read ever since before that needs none yet.
+        One that began to be read before it had waited too long needs none until it is there.
         """
         overdue = 0
         for demand in self.waiting.demands.values():
