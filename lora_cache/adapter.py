@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,28 @@ class AdapterRef:
 
     def __str__(self) -> str:
         return f"{self.location}@{self.revision}" if self.revision else self.location
+
+
+#: How a caller may name an adapter.
+AdapterLike = AdapterRef | str | os.PathLike[str]
+
+
+def as_ref(adapter: AdapterLike) -> AdapterRef:
+    """What a caller named, as a ref; raises as `AdapterRef.parse`."""
+    return adapter if isinstance(adapter, AdapterRef) else AdapterRef.parse(adapter)
+
+
+def several(adapters: AdapterLike | Iterable[AdapterLike]) -> list[AdapterLike]:
+    """What a caller named, one adapter or several.
+
+    Raises:
+        InvalidAdapterError: it is neither.
+    """
+    if isinstance(adapters, str | os.PathLike | AdapterRef):  # a str is an Iterable[str], too
+        return [adapters]
+    if not isinstance(adapters, Iterable):
+        as_ref(adapters)  # says what is wrong with it
+    return list(adapters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Unpack, overload
 
-from lora_cache.adapter import Adapter, AdapterKey, AdapterRef
-from lora_cache.catalog import AdapterLike, Catalog
+from lora_cache.adapter import Adapter, AdapterKey, AdapterLike, AdapterRef, as_ref, several
+from lora_cache.catalog import Catalog
 from lora_cache.clock import Clock
 from lora_cache.config import CacheConfig, CacheSettings
 from lora_cache.driver import Driver
@@ -270,7 +270,7 @@ class AsyncLoraCache:
         wanted = _tier(tier, Tier.DISK, Tier.HOST)
         if isinstance(adapters, str | os.PathLike | AdapterRef):
             return await self._prefetch(adapters, wanted, progress)
-        names = _listed(adapters)
+        names = several(adapters)
         tasks = [asyncio.ensure_future(self._prefetch(each, wanted, progress)) for each in names]
         try:
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -300,7 +300,7 @@ class AsyncLoraCache:
         Raises:
             AdapterError, SourceError, StoreError: of several, the first one's; none is loaded.
         """
-        names = _listed(adapters)
+        names = several(adapters)
         await self.prefetch(names, tier="disk")  # several at a time
         named = [(str(adapter), await self._resolve(adapter)) for adapter in names]
         fitting = named[: self._limits.host_entries]
@@ -333,7 +333,7 @@ class AsyncLoraCache:
     async def unpin(self, adapter: AdapterLike) -> None:
         """Withdraw the pin; the adapter stays until the policy picks it.  No pin is fine."""
         # What it meant when it was resolved: this must work when the files are gone.
-        if (found := self._catalog.last(_as_ref(adapter))) is not None:
+        if (found := self._catalog.last(as_ref(adapter))) is not None:
             self._driver.unpin(found.key)
 
     async def unload(self, adapter: AdapterLike, *, timeout_s: float | None = None) -> None:
@@ -345,7 +345,7 @@ class AsyncLoraCache:
             PinnedError: unpin it first.
             LeaseTimeoutError: it was still leased after `timeout_s` seconds, and stays.
         """
-        if (found := self._catalog.last(_as_ref(adapter))) is not None:
+        if (found := self._catalog.last(as_ref(adapter))) is not None:
             await self._driver.unload(found.key, timeout_s)
 
     # ------------------------------------------------------------------ questions
@@ -388,9 +388,9 @@ class AsyncLoraCache:
         self._driver.require_open()
         started = self._driver.now()
         timeout_s = self.config.lease_timeout_s if timeout_s is None else timeout_s
-        adapter = self._catalog.current(_as_ref(ref))
+        adapter = self._catalog.current(as_ref(ref))
         if adapter is None or adapter.key not in self._planner.residency.host:
-            adapter, hold = await self._catalog.resolve_held(_as_ref(ref), timeout_s)
+            adapter, hold = await self._catalog.resolve_held(as_ref(ref), timeout_s)
             if timeout_s is not None:  # it counts from when the lease was asked for
                 timeout_s = max(0.0, timeout_s - (self._driver.now() - started))
             with hold:
@@ -416,7 +416,7 @@ class AsyncLoraCache:
 
     async def _resolve(self, adapter: AdapterLike, **options: Any) -> Adapter:
         self._driver.require_open()
-        return await self._catalog.resolve(_as_ref(adapter), **options)
+        return await self._catalog.resolve(as_ref(adapter), **options)
 
 
 def _tier(tier: Tier | str, *allowed: Tier) -> Tier:
@@ -424,20 +424,3 @@ def _tier(tier: Tier | str, *allowed: Tier) -> Tier:
         if tier == known:
             return known
     raise ConfigError(f"tier={str(tier)!r}: choose one of {', '.join(allowed)}")
-
-
-def _listed(adapters: AdapterLike | Iterable[AdapterLike]) -> list[AdapterLike]:
-    """One adapter, or several.
-
-    Raises:
-        InvalidAdapterError: neither.
-    """
-    if isinstance(adapters, str | os.PathLike | AdapterRef):  # a str is an Iterable[str], too
-        return [adapters]
-    if not isinstance(adapters, Iterable):
-        _as_ref(adapters)  # says what is wrong with it
-    return list(adapters)
-
-
-def _as_ref(adapter: AdapterLike) -> AdapterRef:
-    return adapter if isinstance(adapter, AdapterRef) else AdapterRef.parse(adapter)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,9 +29,6 @@ from lora_cache.threads import start
 from lora_cache.turns import Turns
 
 logger = logging.getLogger(__name__)
-
-#: How a caller may name an adapter.
-AdapterLike = AdapterRef | str | os.PathLike[str]
 
 _ASKING = 16  # questions to one source at a time
 _SPECULATING = 4  # of those that nobody waits for: to digest files takes cores and the disk

@@ -5,13 +5,12 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lora_cache.adapter import Adapter, AdapterKey
+from lora_cache.adapter import Adapter, AdapterKey, AdapterLike
 from lora_cache.errors import LoraCacheError
 from lora_cache.state import Tier
 
 if TYPE_CHECKING:
     from lora_cache.cache import AsyncLoraCache
-    from lora_cache.catalog import AdapterLike
 
 
 class Lease:

@@ -22,9 +22,9 @@ import vllm.exceptions
 import vllm.platforms
 from vllm.sampling_params import RequestOutputKind
 
-from lora_cache.adapter import AdapterRef
+from lora_cache.adapter import AdapterLike, AdapterRef, as_ref, several
 from lora_cache.cache import AsyncLoraCache
-from lora_cache.catalog import AdapterLike, Catalog
+from lora_cache.catalog import Catalog
 from lora_cache.config import CacheConfig, CacheSettings
 from lora_cache.engines import SWITCH, is_switched_on
 from lora_cache.errors import ConfigError, LoraCacheError, RequestRefusedError
@@ -91,7 +91,7 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
         self,
         model: str,
         *,
-        adapters: Iterable[AdapterLike] = (),
+        adapters: AdapterLike | Iterable[AdapterLike] = (),
         max_loras: int = DEFAULT_MAX_LORAS,
         max_cpu_loras: int | None = None,
         max_lora_rank: int | None = None,
@@ -247,12 +247,12 @@ class LLM(vllm.LLM):  # type: ignore[misc]  # vLLM is checked without its types
 
 
 async def _rank_for(
-    adapters: Iterable[AdapterLike],
+    adapters: AdapterLike | Iterable[AdapterLike],
     config: CacheConfig,
     sources: dict[str, Source] | None = None,
 ) -> int:
     """The smallest rank of vLLM's that admits all of `adapters`, which are fetched for it."""
-    refs = [a if isinstance(a, AdapterRef) else AdapterRef.parse(a) for a in adapters]
+    refs = list(map(as_ref, several(adapters)))
     disk = disk_tier(config)
     catalog = Catalog(default_sources() | (sources or {}), disk)
     try:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import IO, Any, Protocol
 
+from lora_cache.adapter import AdapterLike
 from lora_cache.cache import AsyncLoraCache
-from lora_cache.catalog import AdapterLike
 from lora_cache.demo.catalogue import ADAPTERS, PROMPTS, adapter_dir
 from lora_cache.demo.model import prepare_model
 from lora_cache.engines import SWITCH

@@ -228,6 +228,7 @@ def test_the_largest_named_adapter_sizes_the_slots(adapters: list[Path]) -> None
     assert rank_for() == 64
     assert rank_for(adapters[0], adapters[3]) == 8  # ranks 4 and 6
     assert rank_for(str(adapters[2])) == 16
+    assert asyncio.run(_rank_for(str(adapters[2]), CacheConfig())) == 16, "one, not a list of one"
 
 
 def test_contradictions_are_found_before_the_engine_starts(tiny_model: Path) -> None:
