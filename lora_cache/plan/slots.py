@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lora_cache.errors import ConfigError
 from lora_cache.plan.layers import Layer, Split, check_split
@@ -109,20 +109,24 @@ def packed_copies(model: Model, settings: SlotSettings, targets: Iterable[str]) 
     """How often an adapter's bytes are there in its packed images, over all GPUs.
 
     Once on one GPU.  On more of them less often than there are GPUs: each has of one of a layer's
-    two matrices only its share (of both, if LoRAs are fully sharded).
+    two matrices only its share (of both, if LoRAs are fully sharded).  Experts are not packed:
+    then each has the whole.
 
     Args:
         targets: names of its modules; none known: all linear layers.
     """
     names = set(targets)
+    layers = [layer for layer in model.layers if _has_slots(layer, settings.target_modules)]
+    linear = [at for at in layers if at.split not in (Split.EMBEDDING, Split.LOGITS)]
+    targeted = [at for at in layers if names.intersection(_all(at))] or linear
+    if any("experts" in _all(layer) for layer in targeted):
+        return float(settings.tp)
 
     def nbytes(tp: int) -> int:
-        parts = slot_cost(model, replace(settings, tp=tp)).parts
-        linear = [(at, n) for at, n in parts if at.split not in (Split.EMBEDDING, Split.LOGITS)]
-        targeted = [(at, n) for at, n in parts if names.intersection(_all(at))]
-        return tp * sum(n for _, n in targeted or linear)
+        rank, item, sharded = settings.max_lora_rank, 1, settings.fully_sharded
+        return tp * sum(at.slot_bytes(rank, tp, item, sharded=sharded) for at in targeted)
 
-    return nbytes(settings.tp) / max(1, nbytes(1)) if settings.tp > 1 else 1.0
+    return nbytes(settings.tp) / max(1, nbytes(1))
 
 
 def smallest_rank(rank: int) -> int:

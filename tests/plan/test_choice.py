@@ -79,6 +79,9 @@ def test_packed_images_are_divided_among_gpus() -> None:
     by_hand = (4 * (whole_a + whole_b) + a + b) / (whole_a + whole_b + a + b)
     assert packed_copies(model, slots, ()) == pytest.approx(by_hand)
     assert packed_copies(model, replace(slots, tp=1), ()) == 1
+    mixture = model_of("mixtral")
+    assert packed_copies(mixture, replace(slots, tp=2), ()) == 2, "experts are not packed"
+    assert packed_copies(mixture, replace(slots, tp=2), ["o_proj"]) < 2
     assert packed_copies(model, slots, ["down_proj"]) == pytest.approx(
         (14336 + 4 * 4096) / (14336 + 4096)
     )
