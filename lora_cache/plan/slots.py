@@ -117,14 +117,14 @@ def packed_copies(model: Model, settings: SlotSettings, targets: Iterable[str]) 
     """
     names = set(targets)
     layers = [layer for layer in model.layers if _has_slots(layer, settings.target_modules)]
-    linear = [at for at in layers if at.split not in (Split.EMBEDDING, Split.LOGITS)]
-    targeted = [at for at in layers if names.intersection(_all(at))] or linear
+    linear = [layer for layer in layers if layer.split not in (Split.EMBEDDING, Split.LOGITS)]
+    targeted = [layer for layer in layers if names.intersection(_all(layer))] or linear
     if any("experts" in _all(layer) for layer in targeted):
         return float(settings.tp)
 
     def nbytes(tp: int) -> int:
-        rank, item, sharded = settings.max_lora_rank, 1, settings.fully_sharded
-        return tp * sum(at.slot_bytes(rank, tp, item, sharded=sharded) for at in targeted)
+        rank, sharded = settings.max_lora_rank, settings.fully_sharded
+        return tp * sum(at.slot_bytes(rank, tp, 1, sharded=sharded) for at in targeted)
 
     return nbytes(settings.tp) / max(1, nbytes(1))
 
